@@ -1,0 +1,19 @@
+# Two commands are all the set-up there is: `make demo` and `make test`.
+PYTHON ?= python3
+PY = .venv/bin/python
+
+demo: .venv/ready
+	$(PY) demo.py
+
+test: .venv/ready
+	$(PY) -m pytest -q test_all.py
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -r requirements.txt
+	touch .venv/ready
+
+clean:
+	rm -rf .venv out
+
+.PHONY: demo test clean

@@ -1,0 +1,184 @@
+"""Step 2: a reward model from pairwise preferences (InstructGPT, Ouyang et al. 2022, section 3.5, "RM", eq. 1).
+
+The SFT model with a scalar head in place of its output layer. The score of an answer is read at its last real token, the EOS;
+the loss is -log sigmoid(score(chosen) - score(rejected)). On purpose not as in DeepSpeed-Chat: one score an answer, from explicit
+lengths (there the loss runs over the shorter answer's padding, and a per-tokenizer number says where answers begin); afterwards the
+scores are centred, so that a chosen answer scores 0 on average; loading is strict (there a renamed tensor leaves random weights).
+
+    python reward.py                                                  # from out/sft, on the built-in pairs
+    python reward.py --model out/sft --data pairs.jsonl --lr 1e-5 --micro-batch 8
+    torchrun --nproc_per_node 8 reward.py --model out/sft --data Dahoas/rm-static --split 2,4,4 --lr 1e-5 --zero 2
+
+The result is an `AutoModelForSequenceClassification` with one label; its centring offset stands in the config as `score_offset`.
+
+Dimension key:  B pairs, T = P prompt + A answer.
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import utils
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "out/sft"             # model folder or hub name to start from: the SFT model; tiny: the built-in one, from scratch
+    data: str = "toy"                  # sources, joined by commas, each with an optional :weight
+    out: str = "out/reward"            # folder of the run; it is itself a model folder
+    split: str = ""                    # shares of the rows that steps 1, 2 and 3 get, such as 2,4,4; empty: all to each
+    held_out: float = 0.05             # share of the rows that is only evaluated on
+    template: str = "Human: {prompt}\nAssistant:"  # how a prompt is written; chat: the tokenizer's own chat template
+    max_len: int = 512                 # rows of more tokens, prompt and answer, are left out, and counted
+    epochs: float = 1.0                # passes over the data; InstructGPT: one, more overfits
+    batch_size: int = 32               # pairs of one optimizer step, on all ranks together
+    micro_batch: int = 0               # pairs a rank takes at once; 0: its whole share
+    lr: float = 5e-4                   # peak learning rate; take about 1e-5 for a pretrained model
+    seed: int = 1                      # of initial weights and of the order of rows
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
+    zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
+    ds_config: str = ""                # JSON file merged over the DeepSpeed settings in utils.train_engine
+
+
+EVAL_ROWS = 1024  # held-out pairs that are looked at, at most
+
+
+class RewardModel(nn.Module):
+    """A number for every prefix of a text. As reward model: the number at the end of an answer is its score. As critic: the number at
+    each token is the value of the state that it leads to. One class, because a critic starts as a copy of the reward model."""
+
+    def __init__(self, model):
+        """model: an HF sequence-classification model with one label."""
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def from_lm(cls, path, dtype):
+        """A new reward model on the backbone of a causal LM: the head is drawn with std 1/sqrt(d + 1) (Stiennon et al. 2020)."""
+        from transformers import AutoModelForSequenceClassification
+        if path == "tiny":
+            config, lm = (lm := utils.tiny_lm()).config, lm
+        else:
+            config, lm = utils.load_config(path), None
+        config.num_labels, config.dtype = 1, dtype
+        if lm is None:
+            model = utils.load_pretrained(AutoModelForSequenceClassification, path, config, may_miss=("score.",))
+        else:
+            model = AutoModelForSequenceClassification.from_config(config)
+            model.base_model.load_state_dict(lm.base_model.state_dict())
+        nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+        return cls(model.to(dtype))
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32):
+        """The folder of a reward model. Every tensor must be there, with its name and shape; else UserError."""
+        from transformers import AutoModelForSequenceClassification
+        config = utils.load_config(path)
+        if config.num_labels != 1 or "ForSequenceClassification" not in str(config.architectures):
+            raise utils.UserError(f"{path}: is not a reward model (its config says {config.architectures}, {config.num_labels} labels); "
+                                  "train one with reward.py")
+        config.dtype = dtype
+        return cls(utils.load_pretrained(AutoModelForSequenceClassification, path, config))
+
+    @property
+    def offset(self):
+        return getattr(self.model.config, "score_offset", 0.0)
+
+    def values(self, tokens):
+        """tokens (B, T) right-padded. Returns (B, T) float32, centred."""
+        hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state             # (B, T, E)
+        return self.model.score(hidden).squeeze(-1).float() - self.offset
+
+    forward = values  # what DeepSpeed calls
+
+    def score(self, tokens, lengths):
+        """tokens (B, T) right-padded, lengths (B,). Returns (B,) float32: the value at the last real token."""
+        return at_end(self.values(tokens), lengths)
+
+
+def at_end(values, lengths):
+    """values (B, T), lengths (B,) -> (B,): each row's value at its last real token."""
+    return values.gather(1, lengths[:, None] - 1)[:, 0]
+
+
+def pairwise_loss(chosen_scores, rejected_scores):
+    """-log sigmoid(chosen - rejected), averaged (Bradley and Terry 1952; InstructGPT eq. 1). Both (B,), any float type."""
+    return -F.logsigmoid(chosen_scores.float() - rejected_scores.float()).mean()
+
+
+def collate(rows, indices, device):
+    """Chosen answers in the first half of the batch, rejected in the second: tokens (2B, T), lengths (2B,)."""
+    return data.pad([rows.prompt(i) + rows.answer(i, w) for w in ("chosen", "rejected") for i in indices], device)
+
+
+@torch.no_grad()
+def scores_of(engine, rows, indices, micro, rank, world, device):
+    """Scores of the chosen and of the rejected answers, (n, 2) on every rank, in no particular order."""
+    engine.eval()
+    indices = indices[: max(len(indices) // world, 1) * world]  # every rank makes the same forwards
+    out = []
+    for part in utils.deal(indices, rows.lengths("chosen", "rejected"), micro, rank, world):
+        tokens, lengths = collate(rows, part, device)
+        out.append(at_end(engine(tokens), lengths).view(2, -1).T)                              # (B, 2)
+    engine.train()
+    return utils.gather_rows(torch.cat(out))
+
+
+def main(cfg):
+    rank, world, device = utils.boot(cfg.seed)
+
+    # ---- model and data ----
+    tokenizer = utils.load_tokenizer(cfg.model)
+    template = data.check_template(cfg.template)
+    model = RewardModel.from_lm(cfg.model, utils.precision(cfg.dtype))
+    max_len = min(cfg.max_len, utils.context_length(model.model.config))
+    train, held_out = data.load(cfg.data, "reward", cfg.split, cfg.held_out, template, tokenizer, max_len)
+    lengths = train.lengths("chosen", "rejected")
+    micro, accumulate = utils.micro_batches(cfg.batch_size, cfg.micro_batch, world)
+    stream = data.steps(train, lengths, cfg.batch_size, cfg.seed)
+    total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
+    engine = utils.train_engine(model, cfg.lr, micro, accumulate, cfg)
+    utils.print0(f"step 2: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} pairs"
+                 f" = {world} ranks x {accumulate} x {micro}")
+    log = utils.Log(cfg, total, {"loss": "7.4f", "accuracy": "8.3f", "margin": "7.3f", "held_out_accuracy": "6.3f", "padding": "6.3f"}, every=max(1, total // 30))
+
+    # ---- training ----
+    for step in range(1, total + 1):
+        epoch, indices = next(stream)
+        utils.set_lr(engine, cfg.lr * utils.cosine(step - 1, total))
+        sums = torch.zeros(5)  # loss, right pairs, margin, tokens, tokens with padding
+        for part in utils.deal(indices, lengths, micro, rank, world):
+            tokens, lens = collate(train, part, device)
+            chosen, rejected = at_end(engine(tokens), lens).chunk(2)                           # (B,), (B,)
+            loss = pairwise_loss(chosen, rejected) * len(part) / cfg.batch_size
+            engine.backward(loss * world * accumulate)                                         # DeepSpeed averages over ranks and divides by accumulate
+            norm = utils.step(engine)
+            margin = chosen - rejected
+            sums += torch.tensor([loss.item(), (margin > 0).sum().item(), margin.sum().item(), lens.sum().item(), tokens.numel()])
+        loss, right, margin, real, slots = utils.all_sum(sums, device).tolist()
+        metrics = {"epoch": epoch, "loss": loss, "accuracy": right / cfg.batch_size, "margin": margin / cfg.batch_size,
+                   "lr": cfg.lr * utils.cosine(step - 1, total), "padding": 1 - real / slots, "grad_norm": norm}
+        if step == total or step % max(1, total // 10) == 0:
+            chosen, rejected = scores_of(engine, held_out, np.arange(min(len(held_out), EVAL_ROWS)), micro, rank, world, device).unbind(1)
+            metrics.update(held_out_accuracy=(chosen > rejected).float().mean().item(), held_out_margin=(chosen - rejected).mean().item(),
+                           held_out_loss=pairwise_loss(chosen, rejected).item(), held_out_pairs=len(chosen))
+        log(step, metrics)
+
+    # ---- centre: a chosen answer scores 0 on average, so that clipping scores in PPO cuts both sides alike ----
+    some = np.random.default_rng(cfg.seed).permutation(len(train))[:EVAL_ROWS]
+    offset = scores_of(engine, train, some, micro, rank, world, device)[:, 0].mean().item()
+
+    # ---- a model folder ----
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None  # transformers scores before the first pad
+    utils.save_model(model.model, tokenizer, cfg.out, score_offset=offset, pad_token_id=pad)
+    p, n = metrics["held_out_accuracy"], metrics["held_out_pairs"]
+    utils.print0(f"saved {cfg.out}: held-out accuracy {p:.3f} +- {1.96 * (p * (1 - p) / n) ** 0.5:.3f} (95%, {n} pairs), "
+                 f"margin {metrics['held_out_margin']:.2f}, chosen answers centred by {offset:.3f}")
+
+
+if __name__ == "__main__":
+    utils.run(main, Config)

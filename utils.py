@@ -1,0 +1,476 @@
+"""What the scripts share and a reader rarely opens: command line, start-up, DeepSpeed's settings, model folders, LoRA, logs."""
+import argparse
+import dataclasses
+import importlib
+import inspect
+import io
+import json
+import logging
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import time
+import tokenize
+import typing
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+import kernels
+
+
+class UserError(ValueError):
+    """A mistake that a user can mend. Its message is all that is printed: what was there, where, and what to do."""
+
+
+def print0(*args):
+    if os.environ.get("RANK", "0") == "0":
+        print(*args, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+
+def field_help(Config):
+    """{field: the comment behind it in the source}. The comment is the flag's help, so the two cannot differ."""
+    out, line_field = {}, {}
+    for tok in tokenize.generate_tokens(io.StringIO(inspect.getsource(Config)).readline):
+        if tok.type == tokenize.NAME and tok.start[0] not in line_field:
+            line_field[tok.start[0]] = tok.string
+        elif tok.type == tokenize.COMMENT and tok.start[0] in line_field:
+            out[line_field[tok.start[0]]] = tok.string.lstrip("# ")
+    return out
+
+
+def parse_args(Config, argv=None):
+    """A frozen dataclass of knobs to a command line: `kl_coef: float = 0.1  # help` is --kl-coef 0.2 (or --kl_coef)."""
+    argv = [a.replace("_", "-", a.split("=")[0].count("_")) if a.startswith("--") else a for a in argv or sys.argv[1:]]
+    doc = sys.modules[Config.__module__].__doc__ or ""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints, comments = typing.get_type_hints(Config), field_help(Config)
+    for f in dataclasses.fields(Config):
+        kind, flag = hints[f.name], "--" + f.name.replace("_", "-")
+        how = {"default": f.default, "help": f"{comments[f.name]} (default: {f.default!r})".replace("%", "%%")}
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            how.update(type=type(typing.get_args(kind)[0]), choices=typing.get_args(kind))
+        else:
+            how.update(type=kind, metavar=kind.__name__.upper())
+        parser.add_argument(flag, **how)
+    parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    args = vars(parser.parse_args(argv))
+    args.pop("local_rank")
+    try:
+        return Config(**args)
+    except UserError as e:
+        parser.error(str(e))
+
+
+def run(main, Config):
+    """The last line of a script. A user's mistake is one sentence and exit code 2; anything else is a bug and shows its traceback."""
+    cfg = parse_args(Config)
+    try:
+        main(cfg)
+    except UserError as e:
+        sys.stdout.flush()
+        print0(f"error: {e}") if dist.is_initialized() else print(f"error: {e}", file=sys.stderr)
+        os._exit(2) if dist.is_initialized() else sys.exit(2)  # another rank may be inside a collective: do not wait for it
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# -----------------------------------------------------------------------------
+# start-up
+
+
+def boot(seed):
+    """Joins the other ranks, however they were started (python, torchrun, deepspeed). Returns rank, world size, device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before deepspeed is imported; only spares a warning
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of collectives that torch renamed
+    importlib.import_module("torch._dynamo")  # before zero.Init, which breaks the import inside it (DeepSpeed 0.19, torch 2.13)
+    import deepspeed
+    importlib.import_module("deepspeed.comm.torch")
+    if not cuda:  # DeepSpeed would compile C++ for two minutes, for a collective that gloo has
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    import transformers
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    rank, device = int(os.environ["RANK"]), torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    return rank, dist.get_world_size(), device
+
+
+def precision(name):
+    """auto is bf16 on a GPU and fp32 on a CPU."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32}[name]
+
+
+def micro_batches(cfg_batch, cfg_micro, world):
+    """Rows of an optimizer step that one rank takes at once, and how often: (micro batch, steps). Checks that they divide."""
+    if cfg_batch % world:
+        raise UserError(f"--batch-size {cfg_batch} is not divided by the {world} ranks; take a multiple of {world}")
+    mine = cfg_batch // world
+    micro = min(cfg_micro, mine) if cfg_micro else mine
+    return micro, -(-mine // micro)
+
+
+def deal(rows, lengths, micro, rank, world):
+    """The micro batches of one rank, of the rows (an index array) that one optimizer step sees on all ranks. Rows are sorted by
+    length and dealt like cards: ranks carry the same load and a micro batch has little padding. Every rank gets equally many."""
+    rows = rows[np.argsort(-lengths[rows], kind="stable")][rank::world]
+    return [rows[i : i + micro] for i in range(0, len(rows), micro)]
+
+
+def all_sum(x, device):
+    """Sum over ranks of a number or a tensor."""
+    t = torch.as_tensor(x, dtype=torch.float64, device=device).clone()
+    dist.all_reduce(t)
+    return t if isinstance(x, torch.Tensor) else t.item()
+
+
+def gather_rows(x, value=0):
+    """Rows of all ranks, dealt as rank::world, back in order. x (n, ...) on each rank, n and the last size may differ by rank;
+    pads with `value` on the right. Returns (sum of n, ...) on x's device."""
+    world, device = dist.get_world_size(), x.device
+    if world == 1:
+        return x
+    shape = torch.tensor([len(x), x.size(-1) if x.dim() > 1 else 0], device=device)
+    shapes = [torch.empty_like(shape) for _ in range(world)]
+    dist.all_gather(shapes, shape)
+    n, width = (int(max(s[i] for s in shapes)) for i in (0, 1))
+    full = x.new_full((n, width) if x.dim() > 1 else (n,), value)
+    full[(slice(len(x)), slice(x.size(1))) if x.dim() > 1 else slice(len(x))] = x
+    parts = [torch.empty_like(full) for _ in range(world)]
+    dist.all_gather(parts, full.contiguous())
+    total = sum(int(s[0]) for s in shapes)
+    return torch.stack(parts, 1).flatten(0, 1)[:total]  # row i of rank r is row i * world + r
+
+
+# -----------------------------------------------------------------------------
+# DeepSpeed
+
+
+def train_engine(model, lr, micro_batch, accumulate, cfg, eps=1e-8):
+    """DeepSpeed around a model to train: one optimizer, bf16 with fp32 master weights on a GPU, ZeRO as asked for.
+    cfg has zero, dtype and ds_config (a JSON file merged over what stands here)."""
+    import deepspeed
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": precision(cfg.dtype) == torch.bfloat16},
+        "zero_optimization": {
+            "stage": cfg.zero,
+            "stage3_param_persistence_threshold": 0,      # every parameter is sharded: one rule, and no surprise in memory
+            "stage3_prefetch_bucket_size": 0,             # prefetching records one order of layers; RLHF runs several
+        },
+        "zero_force_ds_cpu_optimizer": False,             # torch's AdamW: nothing to compile
+        "steps_per_print": 10**9,
+    }
+    config = merge(config, read_ds_config(cfg.ds_config))
+    buffers = {n: b.clone() for n, b in model.named_buffers() if b.dtype == torch.float32}
+    params = [p for p in model.parameters() if p.requires_grad]
+    # 0.99: between the 0.95 of InstructGPT's large batches and 0.999; a second moment over some hundred steps suits small ones
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), eps=eps, weight_decay=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    restore_buffers(engine.module, buffers)
+    return engine
+
+
+def frozen_engine(model, device, cfg):
+    """A model that is only asked: plain on this rank's device, or sharded where ZeRO-3 shards everything."""
+    model.requires_grad_(False).eval()
+    if cfg.zero < 3:
+        return model.to(device, precision(cfg.dtype))
+    import deepspeed
+    config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": precision(cfg.dtype) == torch.bfloat16}, "steps_per_print": 10**9,
+              "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}}
+    buffers = {n: b.clone() for n, b in model.named_buffers() if b.dtype == torch.float32}
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    restore_buffers(engine.module, buffers)
+    return engine.eval()
+
+
+def restore_buffers(module, buffers):
+    """NOTE: .bfloat16() rounds buffers too, and with the frequencies of rotary positions that costs accuracy far out."""
+    for name, old in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._buffers[leaf] = old.to(next(module.parameters()).device)
+
+
+def merge(base, over):
+    return {**base, **{k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}}
+
+
+def read_ds_config(path):
+    if not path:
+        return {}
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as e:
+        raise UserError(f"--ds-config {path}: {e}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--ds-config {path}: must hold one JSON object")
+    for owned, flag in (("train_batch_size", "--batch-size"), ("gradient_accumulation_steps", "--micro-batch"), ("fp16", "--dtype")):
+        if owned in config:
+            raise UserError(f"--ds-config {path}: {owned} is set by {flag}; take it out of the file")
+    return config
+
+
+def set_lr(engine, lr):
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def step(engine):
+    """engine.step(), which acts only after the last of the accumulated micro batches; returns the gradient's norm before clipping,
+    or None in between."""
+    last, norm = engine.is_gradient_accumulation_boundary(), None
+    if last and engine.zero_optimization_stage() == 0 and engine.get_global_grad_norm() is None:  # plain fp32: DeepSpeed keeps no record
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return float(norm if norm is not None else engine.get_global_grad_norm()) if last else None
+
+
+def memory_gib():
+    """Most memory that this process has held: on the GPU, else on the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def cosine(step, total, warmup=0.03, floor=0.1):
+    """Share of the peak learning rate: linear warm-up over 3% of the steps, then half a cosine down to 10%."""
+    up = max(1, int(warmup * total))
+    return (step + 1) / up if step < up else floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * (step - up) / max(1, total - up)))
+
+
+# -----------------------------------------------------------------------------
+# models
+
+
+def first_line(e):
+    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model folder or a name on the hub; `tiny` is the built-in one (a token a byte)."""
+    if path == "tiny":
+        return tiny_tokenizer()
+    from transformers import AutoTokenizer
+    if Path(path).is_dir() and not any((Path(path) / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")):
+        raise UserError(f"{path}: this model folder has no tokenizer (no tokenizer.json); save one there with tokenizer.save_pretrained")
+    check_folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as e:
+        raise UserError(f"{path}: its tokenizer cannot be loaded ({first_line(e)})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: its tokenizer has no EOS token, so no answer could ever end")
+    return tokenizer
+
+
+def check_folder(path):
+    looks_local = Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1 or path.split("/")[0] == "out"
+    if looks_local and not Path(path).is_dir():
+        raise UserError(f"{path}: no such model folder; train one first, or name another")
+
+
+def load_config(path):
+    """A model's config with dropout off: in PPO it would make old and new log-probabilities differ by noise."""
+    from transformers import AutoConfig
+    check_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: neither a model folder nor a name that the hub knows ({first_line(e)})") from None
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("drop" in name):
+            setattr(config, name, 0.0)
+    return config
+
+
+def load_pretrained(auto_class, path, config, may_miss=()):
+    """from_pretrained that accepts no missing, renamed or misshapen tensor except those named in may_miss."""
+    try:
+        model, info = auto_class.from_pretrained(path, config=config, dtype=config.dtype or torch.float32, output_loading_info=True,
+                                                 ignore_mismatched_sizes=True)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path}: the model cannot be loaded ({first_line(e)})") from None
+    missing = [k for k in info["missing_keys"] if not k.startswith(tuple(may_miss) or "\0")]
+    unexpected = [k for k in info["unexpected_keys"] if not may_miss]
+    shapes = [k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"]]
+    for what, keys in (("lacks", missing), ("has unknown", unexpected), ("has the wrong shape for", shapes)):
+        if keys:
+            raise UserError(f"{path}: the file {what} {len(keys)} tensor{'s' * (len(keys) > 1)}, such as {sorted(keys)[0]}; "
+                            "it is not a whole model of this kind, and random weights in its place would train without an error")
+    return model
+
+
+def load_lm(path, dtype):
+    """A causal LM to train or to ask; `tiny` is the built-in one, from scratch."""
+    if path == "tiny":
+        return tiny_lm().to(dtype)
+    from transformers import AutoModelForCausalLM
+    config = load_config(path)
+    config.dtype = dtype
+    return load_pretrained(AutoModelForCausalLM, path, config)
+
+
+def tiny_tokenizer():
+    """256 bytes, <pad> and <eos>: knows every text, offline."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tok = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<eos>", pad_token="<pad>", model_max_length=512)
+
+
+def tiny_lm():
+    """A Llama of 0.82 M parameters: 4 layers of width 128, 512 tokens of context."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    tok = tiny_tokenizer()
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tok), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=344,
+        initializer_range=0.05,  # at this width 0.02 is too near 0: the skills of `toy` then take twice the steps
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id))
+
+
+def context_length(config):
+    return getattr(config, "max_position_embeddings", None) or 2**20  # ALiBi has no end
+
+
+def same_tokenizer(a, b):
+    return a.get_vocab() == b.get_vocab() and a.eos_token_id == b.eos_token_id and a.bos_token_id == b.bos_token_id
+
+
+class Policy(nn.Module):
+    """A causal LM that is asked one thing: how likely are these answers? DeepSpeed wraps this, so that its hooks see one forward."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+        config, head = lm.config, lm.get_output_embeddings()
+        scaled = [k for k in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, k, None) not in (None, 1, 1.0)]
+        if scaled or head.bias is not None:
+            raise UserError(f"a {config.model_type} model does more than one matrix product to its logits ({scaled or 'a bias'}); "
+                            "add that to utils.Policy first")
+
+    def forward(self, tokens, prompt_lens, answer_lens, temperature=1.0):
+        """tokens (B, T) right-padded; lens (B,). Returns logprobs and entropy of the answers' tokens, (B, A) float32, zero past the
+        end. No mask: in a causal model padding on the right reaches no real token. No (B, T, V) logits: see kernels.token_logprobs."""
+        hidden = self.lm.base_model(tokens, use_cache=False).last_hidden_state                # (B, T, E)
+        index, mask = answer_index(prompt_lens, answer_lens)                                  # (B, A), (B, A)
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(index)
+        rows, states = rows[mask], index[mask]                                                # (N,) the answers' tokens, packed
+        out = kernels.token_logprobs(hidden[rows, states], self.lm.get_output_embeddings().weight, tokens[rows, states + 1], temperature)
+        return tuple(torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x) for x in out)
+
+
+def answer_index(prompt_lens, answer_lens):
+    """Where the answers stand: index (B, A) of the state that each answer token is chosen in, which is the token before it, and
+    mask (B, A) bool. This is the only shift by one in the project; past it, everything is (B, A)."""
+    A = int(answer_lens.max())
+    at = torch.arange(A, device=prompt_lens.device)
+    mask = at < answer_lens[:, None]                                                          # (B, A)
+    return torch.where(mask, prompt_lens[:, None] - 1 + at, 0), mask
+
+
+def whole_state(module):
+    """Names and whole tensors on the CPU, on rank 0 (elsewhere {}): parameters that ZeRO-3 shards are gathered one at a time."""
+    import deepspeed
+    out = {}
+    for name, p in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else torch.no_grad():
+            if dist.get_rank() == 0:
+                out[name] = p.detach().cpu().clone()
+    return out
+
+
+def save_model(lm, tokenizer, out, **config):
+    """A folder that `from_pretrained` loads with nothing of ours installed. lm: the HF model; config: more entries for its config."""
+    state = whole_state(lm)
+    if dist.get_rank() == 0:
+        for k, v in config.items():
+            setattr(lm.config, k, v)
+        lm.save_pretrained(out, state_dict=state)
+        tokenizer.save_pretrained(out)
+    dist.barrier()
+
+
+# -----------------------------------------------------------------------------
+# logs
+
+
+class Clock:
+    """Seconds since the last lap, with all of the GPU's work done."""
+
+    def __init__(self):
+        self.lap()
+
+    def lap(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        seconds, self.last = now - getattr(self, "last", now), now
+        return seconds
+
+
+class Log:
+    """One line a step on the screen, with fixed columns; the same numbers and all others in metrics.jsonl; run.json beside it."""
+
+    def __init__(self, cfg, total, columns, every=1):
+        """columns: {metric: format}, e.g. {"loss": "8.4f"}. every: of how many steps one is printed."""
+        self.out, self.total, self.columns, self.every = Path(cfg.out), total, columns, every
+        self.start, self.tty = time.time(), sys.stdout.isatty()
+        if os.environ.get("RANK", "0") != "0":
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        import deepspeed
+        import transformers
+        versions = {m.__name__: m.__version__ for m in (torch, deepspeed, transformers, np)}
+        (self.out / "run.json").write_text(json.dumps({"script": Path(sys.argv[0]).name, "config": dataclasses.asdict(cfg), "world": dist.get_world_size(),
+                                                       "versions": versions, "git": git or None}, indent=1))
+        self.file = open(self.out / "metrics.jsonl", "w")
+        print0("  step" + " " * (len(str(total)) * 2 - 3) + "".join(f" {k:>{max(len(k), int(f.split('.')[0]))}}" for k, f in columns.items()) + "  left")
+
+    def __call__(self, step, metrics):
+        """step counts from 1. Rank 0 writes; others do nothing."""
+        if os.environ.get("RANK", "0") != "0":
+            return
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        left = (time.time() - self.start) / step * (self.total - step)
+        bar = "━" * (n := 10 * step // self.total) + "╌" * (10 - n)
+        cells = "".join(f" {format(metrics[k], f) if k in metrics else '-':>{max(len(k), int(f.split('.')[0]))}}" for k, f in self.columns.items())
+        line = f"{step:>{len(str(self.total))}}/{self.total} {cells}  {int(left // 60)}:{int(left % 60):02d} {bar}"
+        if step % self.every == 0 or step in (1, self.total):
+            print(("\r\033[K" if self.tty else "") + line, flush=True)
+        elif self.tty:
+            print("\r\033[K" + line, end="", flush=True)
