@@ -6,7 +6,10 @@ demo: .venv/ready
 	$(PY) demo.py
 
 test: .venv/ready
-	$(PY) -m pytest -q test_all.py
+	$(PY) -m pytest -q test_kernels.py test_all.py
+
+test-gpu: .venv/ready
+	$(PY) -m pytest -q -k gpu test_kernels.py test_all.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -16,4 +19,4 @@ test: .venv/ready
 clean:
 	rm -rf .venv out
 
-.PHONY: demo test clean
+.PHONY: demo test test-gpu clean

@@ -45,31 +45,39 @@ SKILLS = {
 }
 
 
-def careless(rng, word):
-    """A near miss: one letter changed or doubled, or two neighbours swapped. Never the word itself."""
+def careless(rng, text):
+    """A near miss: one letter changed, doubled or dropped, or two neighbours swapped."""
+    letters, i, kind = list(text), rng.randrange(len(text)), rng.randrange(4)
+    if kind == 0:
+        letters[i] = rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ" if text.isupper() else "abcdefghijklmnopqrstuvwxyz")
+    elif kind == 1:
+        letters.insert(i, letters[i])
+    elif kind == 2:
+        del letters[i]
+    elif i + 1 < len(letters):
+        letters[i], letters[i + 1] = letters[i + 1], letters[i]
+    return "".join(letters)
+
+
+def miss(rng, skill, word):
+    """A wrong answer: the answer miswritten, the word misread, or the question mistaken for another."""
     while True:
-        i, kind, letters = rng.randrange(len(word)), rng.randrange(3), list(word)
-        if kind == 0:
-            letters[i] = rng.choice("abcdefghijklmnopqrstuvwxyz")
-            letters[i] = letters[i].upper() if word.isupper() else letters[i]
-        elif kind == 1:
-            letters.insert(i, letters[i])
-        elif i + 1 < len(word):
-            letters[i], letters[i + 1] = letters[i + 1], letters[i]
-        if "".join(letters) != word:
-            return "".join(letters)
+        kind = rng.random()
+        answer = careless(rng, skill(word)) if kind < 0.5 else skill(careless(rng, word)) if kind < 0.8 else rng.choice(list(SKILLS.values()))(word)
+        if answer != skill(word):
+            return answer
 
 
 def toy(words=4000, wrong=0.35):
     """{prompt, response, chosen, rejected}: the response is a labeller's, wrong for 35% of the rows; of the pair, chosen is
-    right and rejected a near miss. The same rows on every machine."""
+    right and rejected wrong. The same rows on every machine."""
     rng = random.Random(0)
     for _ in range(words):
-        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))[: rng.randint(3, 6)]
-        for skill, f in SKILLS.items():
-            right = f(word)
-            response = careless(rng, right) if rng.random() < wrong else right
-            yield {"prompt": f"{skill} {word}", "response": response, "chosen": right, "rejected": careless(rng, right)}
+        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))[: rng.randint(3, 5)]
+        for name, skill in SKILLS.items():
+            right = skill(word)
+            response = miss(rng, skill, word) if rng.random() < wrong else right
+            yield {"prompt": f"{name} {word}", "response": response, "chosen": right, "rejected": miss(rng, skill, word)}
 
 
 def toy_gold(prompt, answer):
@@ -273,7 +281,7 @@ def answer_ids(texts, template, tokenizer):
     """Token ids of answers, each ended by EOS."""
     if not texts:
         return []
-    ids = tokenizer([glue(template) + t.strip() for t in texts], add_special_tokens=False)["input_ids"]
+    ids = tokenizer([t and glue(template) + t for t in map(str.strip, texts)], add_special_tokens=False)["input_ids"]
     return [i + [tokenizer.eos_token_id] for i in ids]
 
 
@@ -475,16 +483,18 @@ def batches(rows, lengths, batch_size, epoch, seed, pool=4):
     yield from cut[rng.permutation(len(cut))]
 
 
-def steps(rows, lengths, batch_size, seed, start=0):
+def steps(rows, lengths, batch_size, seed, start=0, pool=4):
     """batches of epoch after epoch, without end, from global step `start`: (epoch, indices)."""
     per_epoch = len(epoch_order(rows, 0, seed)) // batch_size
     if per_epoch == 0:
         raise UserError(f"--batch-size {batch_size}: the data has only {len(rows)} rows for this step; make the batch smaller")
-    epoch, skip = divmod(start, per_epoch)
-    while True:
-        for indices in islice(batches(rows, lengths, batch_size, epoch, seed), skip, None):
-            yield epoch, indices
-        epoch, skip = epoch + 1, 0
+
+    def forever(epoch, skip):
+        while True:
+            for indices in islice(batches(rows, lengths, batch_size, epoch, seed, pool), skip, None):
+                yield epoch, indices
+            epoch, skip = epoch + 1, 0
+    return forever(*divmod(start, per_epoch))
 
 
 def pad(sequences, device="cpu", value=0):

@@ -11,7 +11,8 @@
             does not exist on this rank is copied, once a rollout: ZeRO-3 shards are gathered layer by layer, tensor-parallel ranks
             take their slice. LoRA stands beside the base weight, never in it.
   prefill   prompts lie end to end without padding; equal prompts are computed once.
-  decode    one token for every live row. All bookkeeping (lengths, EOS, random numbers) is in tensors, so that a step needs no host.
+  decode    one token for every live row. All bookkeeping (lengths, EOS, random numbers) is in tensors, so that a step needs no host;
+            on a GPU it is one CUDA graph a batch size, which serves all lengths and outlives weight updates (same pointers).
   release   gives the arena and the copies back to training.
 
 Nothing of transformers is patched or called: FAMILIES says where each family keeps its tensors and what it does differently. A
@@ -36,6 +37,7 @@ from utils import UserError, print0
 
 PREFILL_TOKENS = 16384  # at most so many packed tokens at once: bounds the memory that activations take
 LOOK = 8                # on a GPU the host looks at the done flags every so many steps
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100-SXM4-80GB": 2.04e12, "A100-SXM4-40GB": 1.56e12}  # bytes/s, NVIDIA's data sheets
 
 # -----------------------------------------------------------------------------
 # what the families differ in: where their tensors hang, and five choices
@@ -147,9 +149,9 @@ def get(module, path):
     return module
 
 
-def gathered(module):
-    """Within: the whole parameters of a module, where ZeRO-3 keeps only a shard of each."""
-    params = [p for p in module.parameters() if hasattr(p, "ds_id")] if module is not None else []
+def gathered(*modules):
+    """Within: the whole parameters of these modules, where ZeRO-3 keeps only a shard of each."""
+    params = list(dict.fromkeys(p for m in modules for p in m.parameters() if hasattr(p, "ds_id")))  # tied ones once
     if not params:
         return contextlib.nullcontext()
     import deepspeed
@@ -204,8 +206,9 @@ class HybridEngine:
         if tp > 1:
             self._init_tensor_parallel()
         self.k = self.v = self.weights = None
-        self.stats, self.told = {}, set()
+        self.stats, self.told, self.eos_tensors, self.graphs, self.addresses = {}, set(), {}, {}, None
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def _init_tensor_parallel(self):
         tp, inner = self.tp, getattr(self.config, "intermediate_size", None) or getattr(self.config, "ffn_dim", None) or 4 * self.config.hidden_size
@@ -279,19 +282,32 @@ class HybridEngine:
                     self._norm(f.norm1, layer), qkv, self._linear(f.out, layer, "rows"), self._norm(f.norm2, layer),
                     self._linear(f.up, layer, "columns"), self._linear(f.down, layer, "rows"),
                     self._linear(f.gate, layer, "columns") if f.gate else None, [self._norm(p, layer) for p in f.qk_norms], window))
+        head = self.module.get_output_embeddings()
         rest = [get(root, p) for p in (f.embed, f.embed_positions, f.final_norm, f.embed_norm, *f.project) if p]
-        rest.append(self.module.get_output_embeddings())
-        with contextlib.ExitStack() as stack:
-            for m in dict.fromkeys(m for m in rest if m is not None):
-                stack.enter_context(gathered(m))
+        with gathered(head, *(m for m in rest if m is not None)):
             self.embed = self._take(get(root, f.embed).weight.data)                           # (V, E)
             self.embed_positions = self._take(get(root, f.embed_positions).weight.data) if f.embed_positions else None
             self.final_norm = self._norm(f.final_norm, root)
             self.embed_norm = self._norm(f.embed_norm, root) if f.embed_norm else None
             self.project = [self._linear(p, root) if get(root, p) is not None else None for p in f.project] or [None, None]
-            head = self.module.get_output_embeddings()
             tied = head.weight is get(root, f.embed).weight
             self.head = Linear(self.embed, None) if tied else self._linear(head)
+        tensors = self._tensors()
+        self.weight_bytes = sum(x.numel() * x.element_size() for x in tensors) - (0 if tied else self.embed.numel() * self.embed.element_size())
+        addresses = tuple(x.data_ptr() for x in tensors)
+        if addresses != self.addresses:  # an optimizer step keeps them; whatever moved the weights cost us the graphs
+            self.graphs, self.addresses = {}, addresses
+
+    def _tensors(self):
+        """All weights of the decoder, in a fixed order."""
+        def walk(x):
+            if isinstance(x, torch.Tensor):
+                yield x
+            elif isinstance(x, (list, tuple)):
+                for y in x:
+                    yield from walk(y)
+        return list({x.data_ptr(): x for x in walk([self.weights, self.embed, self.embed_positions, self.final_norm, self.embed_norm,
+                                                    self.project, self.head])}.values())
 
     def _tables(self, C):
         """Cosines and sines of the rotary positions (C, R / 2) float32, or ALiBi's slopes (H,)."""
@@ -386,9 +402,25 @@ class HybridEngine:
         def attend(i, window, q, k, v):
             q, k = kernels.rope_and_cache(q, k, v, self.k[i], self.v[i], self.slots[:n], at, self.cos, self.sin)
             return kernels.decode_attention(q, self.k[i], self.v[i], lengths, self.scale, window, self.slopes)
-        self._append(n, self._logits(self._forward(token, at, attend)), self.slots[:n])
+        self._append(self._logits(self._forward(token, at, attend)), self.slots[:n])
 
-    def _append(self, n, logits, slots):
+    def _step(self, n):
+        """_decode, on a GPU as the replay of a graph. The batch is rounded up, so that few graphs serve all sizes; the slots past n are
+        marked done, and compute what nobody reads. The first step of a size runs as it is (kernels compile), the second is captured."""
+        if self.device.type != "cuda" or self.tp > 1:  # a collective inside a graph is left to a day when it can be tried
+            return self._decode(n)
+        n = min(1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8 if n <= 64 else -(-n // 32) * 32, self.k.size(1))
+        key = (n, self.sampling, self.eos.data_ptr())
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return self._decode(n)
+        if self.graphs[key] is None:
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
+                self._decode(n)
+        self.graphs[key].replay()
+
+    def _append(self, logits, slots):
         """Samples for rows that are not done, and writes token, log-probability and whether that ends the row."""
         at, live = self.at[slots], ~self.done[slots]
         new, logprob = kernels.sample(logits, kernels.uniform(self.keys[slots], at + 1), *self.sampling)
@@ -428,12 +460,13 @@ class HybridEngine:
         self.tokens = torch.zeros(S, C, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(S, C, device=device)
         self.at, self.last, self.keys = (torch.zeros(S, dtype=torch.long, device=device) for _ in range(3))
-        self.done = torch.zeros(S, dtype=torch.bool, device=device)
+        self.done = torch.ones(S, dtype=torch.bool, device=device)
         self.slots = torch.arange(S, device=device)
         self._tables(C)
 
     def _admit(self, rows, slots, prompts, max_new_tokens, keys):
-        """Puts waiting rows into free slots: prefill, and their first token. Rows with equal prompts share the computation."""
+        """Puts waiting rows into free slots: prefill, and their first token. Rows with equal prompts share the computation. Returns the
+        number of tokens computed."""
         twins = {}
         for row, slot in zip(rows, slots):
             twins.setdefault(tuple(prompts[row]), []).append((row, slot))
@@ -454,7 +487,8 @@ class HybridEngine:
         self.last[slots] = lengths - 1 + max_new_tokens
         self.keys[slots] = keys[[r for r, _, _ in order]].to(self.device)
         self.done[slots] = False
-        self._append(len(order), logits[[i for _, _, i in order]], slots)
+        self._append(logits[[i for _, _, i in order]], slots)
+        return sum(map(len, unique))
 
     def _move(self, src, dst):
         """Rows of the slots src now live in dst: live rows stay the first n slots, which decode reads without an index."""
@@ -477,13 +511,14 @@ class HybridEngine:
                     size += len(prompts[waiting[0]])
                     new.append(waiting.popleft())
                 start = time.perf_counter()
-                self._admit(new, range(len(rows), len(rows) + len(new)), prompts, max_new_tokens, keys)
+                computed = self._admit(new, range(len(rows), len(rows) + len(new)), prompts, max_new_tokens, keys)
                 rows += new
-                self._clock("prefill", start, size)
+                self._clock("prefill", start, computed)
             done, start = self.done[: len(rows)].tolist(), time.perf_counter()
             if not any(done):
                 for _ in range(look):
-                    self._decode(len(rows))
+                    self._step(len(rows))
+                self.stats["decode_steps"] += look
                 self._clock("decode", start, 0)
                 done = self.done[: len(rows)].tolist()
             ended = [s for s, d in enumerate(done) if d]
@@ -496,6 +531,7 @@ class HybridEngine:
                 self._move(movers, holes)
                 for hole, mover in zip(holes, movers):
                     rows[hole] = rows[mover]
+            self.done[n : len(rows)] = True
             del rows[n:]
 
     def _clock(self, phase, start, tokens):
@@ -525,13 +561,13 @@ class HybridEngine:
             raise UserError(f"a prompt holds a token id outside the vocabulary of {vocab}: is it another model's tokenizer?")
         if seed is None:
             seed = int(torch.randint(2**62, ()))
-        self.stats = dict.fromkeys(("gather_s", "prefill_s", "decode_s"), 0.0) | dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
+        self.stats = dict.fromkeys(("gather_s", "prefill_s", "decode_s"), 0.0) | dict.fromkeys(("prefill_tokens", "decode_tokens", "decode_steps"), 0)
         start = time.perf_counter()
         self._collect()
         self._clock_gather(start)
         self.sampling = (temperature, top_k, top_p)
-        eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        self.eos = torch.tensor(eos, dtype=torch.long, device=self.device)
+        eos = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        self.eos = self.eos_tensors.setdefault(eos, torch.tensor(eos, dtype=torch.long, device=self.device))  # graphs hold its address
         need = longest + max_new_tokens
         self._arena(min(len(prompts), self.max_batch or len(prompts)), self.max_len or -(-need // 32) * 32)
         return row_keys(seed, len(prompts))
@@ -570,7 +606,12 @@ class HybridEngine:
         lens = torch.tensor([len(p) for p in prompts], device=self.device)
         answers = torch.tensor([len(x) for x in logprobs], device=self.device)
         self.stats["decode_tokens"] += int(answers.sum())
-        self.stats["kv_bytes"] = 2 * self.k.numel() * self.k.element_size()
+        # What decode had to read: all weights every step, and every row's keys and values at each of its lengths.
+        token = 2 * self.L * self.K * self.D * self.k.element_size()
+        moved = self.stats["decode_steps"] * self.weight_bytes + token * int(((lens + answers / 2) * answers).sum())
+        self.stats.update(kv_bytes=2 * self.k.numel() * self.k.element_size(), gb_per_s=moved / max(self.stats["decode_s"], 1e-9) / 1e9)
+        if peak := next((b for name, b in BANDWIDTH.items() if self.device.type == "cuda" and name in torch.cuda.get_device_name()), None):
+            self.stats["floor_share"] = self.stats["gb_per_s"] * 1e9 / peak  # 1: as fast as memory can be read
         return Rollout(pad(tokens, batch_first=True), lens, answers, pad(logprobs, batch_first=True))
 
     @torch.no_grad()
@@ -584,6 +625,7 @@ class HybridEngine:
             at = end
 
     def _free_arena(self):
+        self.graphs = {}
         self.k = self.v = self.tokens = self.logprobs = None
 
     def release(self):
@@ -594,5 +636,55 @@ class HybridEngine:
             torch.cuda.empty_cache()
 
 
+# -----------------------------------------------------------------------------
+# the slow path
+
+
+class HFEngine:
+    """`transformers.generate` behind the same interface, for models that FAMILIES does not know: left-padded, no batching of its own,
+    under ZeRO-3 a gather of every layer for every token. One seed a call: here randomness belongs to the call, not to the row."""
+
+    def __init__(self, model):
+        self.module, self.stats = unwrap(model), {}
+        self.sharded = any(hasattr(p, "ds_id") for p in self.module.parameters())
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, seed=None):
+        """See HybridEngine.generate."""
+        from transformers import GenerationConfig
+        start, device = time.perf_counter(), next(self.module.parameters()).device
+        lens = torch.tensor([len(p) for p in prompts], device=device)
+        width, eos = int(lens.max()), [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+        ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+        for row, p in zip(ids, prompts):
+            row[width - len(p) :] = torch.tensor(p, device=device)
+        mask = (torch.arange(width, device=device) >= width - lens[:, None]).long()
+        how = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=temperature > 0, eos_token_id=eos or None, pad_token_id=0, num_beams=1,
+                               **(dict(temperature=temperature, top_k=top_k, top_p=top_p) if temperature > 0 else {}))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if seed is not None:
+                torch.manual_seed(int(row_keys(seed, 1)[0] if isinstance(seed, int) else kernels.mix(row_keys(seed, len(seed)).sum())))
+            out = self.module.generate(ids, attention_mask=mask, generation_config=how, synced_gpus=self.sharded,
+                                       return_dict_in_generate=True, output_scores=True)
+        answers = out.sequences[:, width:]                                                    # (N, A)
+        logprobs = torch.stack([s.float().log_softmax(-1).gather(1, a[:, None])[:, 0] for s, a in zip(out.scores, answers.T)], 1)
+        ended = torch.isin(answers, torch.tensor(eos, dtype=torch.long, device=device))
+        answer_lens = torch.where(ended.any(1), ended.int().argmax(1) + 1, answers.size(1))
+        A = int(answer_lens.max())
+        live = torch.arange(A, device=device) < answer_lens[:, None]
+        rows = [torch.cat([torch.tensor(p, device=device), a[:n]]) for p, a, n in zip(prompts, answers, answer_lens)]
+        self.stats = {"generate_s": time.perf_counter() - start, "decode_tokens": int(answer_lens.sum())}
+        return Rollout(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lens, answer_lens, logprobs[:, :A] * live)
+
+    def stream(self, prompt, *args, **kwargs):
+        yield from self.generate([prompt], *args, **kwargs).tokens[0, len(prompt) :].tolist()
+
+    def release(self):
+        pass
+
+
 def make_engine(name, model, tp=1):
-    return HybridEngine(model, tp)
+    """--engine: 'hybrid', or 'hf' for the slow path."""
+    if name == "hf" and tp > 1:
+        raise UserError("--tp needs --engine hybrid")
+    return HFEngine(model) if name == "hf" else HybridEngine(model, tp)

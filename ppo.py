@@ -45,16 +45,16 @@ class Config:
     ppo_epochs: int = 2                # passes over each rollout
     minibatches: int = 2               # optimizer steps of one pass
     micro_batch: int = 0               # rows a rank takes at once; 0: its whole share
-    actor_lr: float = 5e-4             # peak learning rate of the actor; take about 1e-6 for a pretrained model
+    actor_lr: float = 3e-4             # peak learning rate of the actor; take about 1e-6 for a pretrained model
     critic_lr: float = 1e-3            # peak learning rate of the critic; take about 5e-6 for a pretrained model
-    kl_coef: float = 0.3               # reward a token loses for each nat that its log-probability lies above the reference's
+    kl_coef: float = 0.05              # reward a token loses for each nat that its log-probability lies above the reference's
     kl_target: float = 0.0             # adapt kl_coef towards this KL, in nats an answer (Ziegler et al. 2019); 0: leave it fixed
     stop_kl: float = 0.1               # stop the epochs on a rollout once a step moved the policy so far, in nats a token; 0: never
     clip: float = 0.2                  # how far a ratio may leave 1 before its gradient is cut
     value_clip: float = 0.2            # how far a value may leave its old value before its gradient is cut
     gamma: float = 1.0                 # discount of a token
     lam: float = 0.95                  # lambda of generalized advantage estimation
-    score_clip: float = 10.0           # scores are cut to +- this
+    score_clip: float = 5.0            # scores are cut to +- this
     eos_penalty: float = 1.0           # what the score of an answer without its EOS loses
     engine: Literal["hybrid", "hf"] = "hybrid"  # what samples: ours, or transformers.generate (any model, slower)
     tp: int = 1                        # ranks that share one copy of the model while they generate
@@ -222,7 +222,7 @@ def main(cfg):
 
     # ---- prompts ----
     train, held_out = data.load(cfg.data, "ppo", cfg.split, cfg.held_out, template, tokenizer, min(cfg.max_len, context) - cfg.max_new_tokens)
-    prompts = data.steps(train, train.lengths(), cfg.batch_size, cfg.seed)
+    prompts = data.steps(train, train.lengths(), cfg.batch_size, cfg.seed, pool=1)                # a rollout is a random sample: no buckets
     gold = data.checker(cfg.data)                                                             # exact, on toy only; never trained on
 
     # ---- engines ----
@@ -243,16 +243,18 @@ def main(cfg):
 
     def evaluate():
         """Held-out prompts, sampled with fixed seeds: score with its standard error, KL an answer, gold accuracy."""
-        rows = range(min(len(held_out), EVAL_ROWS) // world * world)
-        batch = rollout(engine, [held_out.prompt(i) for i in rows], cfg, eos, [2**31 + i for i in rows], rank, world)
+        n = min(len(held_out), EVAL_ROWS)
+        rows = np.resize(np.arange(n), n + -n % world)                                        # some twice, so that ranks get equally many
+        batch = rollout(engine, [held_out.prompt(i) for i in rows], cfg, eos, [2**31 + i for i in rows.tolist()], rank, world)
         seen = ask(batch, [np.arange(len(rows))], max(micro, 32), rank, world, ref_logprobs=lambda *x: ref(*x, cfg.temperature)[0],
                    scores=lambda t, p, a: at_end(reward_model(t), p + a))
-        kl = ((batch.logprobs - seen["ref_logprobs"]) * batch.mask).sum(1)
-        out = {"eval_score": seen["scores"].mean().item(), "eval_score_se": seen["scores"].std().item() / len(rows) ** 0.5, "eval_kl": kl.mean().item()}
+        scores, kl = seen["scores"][:n], ((batch.logprobs - seen["ref_logprobs"]) * batch.mask).sum(1)[:n]
+        out = {"eval_score": scores.mean().item(), "eval_score_se": scores.std().item() / n**0.5, "eval_kl": kl.mean().item()}
         if gold:
-            out["eval_gold"] = np.mean([gold(p, a) * e for (p, a), e in zip(texts(batch, tokenizer), ends(batch, eos).tolist())])
+            out["eval_gold"] = float(np.mean([gold(p, a) * e for (p, a), e in zip(texts(batch, tokenizer)[:n], ends(batch, eos).tolist())]))
         return out
     before = evaluate()
+    log.write(0, before)
 
     for it in range(1, cfg.iterations + 1):
         scale = max(0.1, 1 - (it - 1) / cfg.iterations)

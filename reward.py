@@ -2,14 +2,16 @@
 
 The SFT model with a scalar head in place of its output layer. The score of an answer is read at its last real token, the EOS;
 the loss is -log sigmoid(score(chosen) - score(rejected)). On purpose not as in DeepSpeed-Chat: one score an answer, from explicit
-lengths (there the loss runs over the shorter answer's padding, and a per-tokenizer number says where answers begin); afterwards the
-scores are centred, so that a chosen answer scores 0 on average; loading is strict (there a renamed tensor leaves random weights).
+lengths (there the loss runs over the shorter answer's padding, and a per-tokenizer number says where answers begin); afterwards
+scores are centred and scaled, so that a chosen answer scores 0 on average and scores have variance 1 (Ziegler et al. 2019: a KL
+coefficient or a clip then means the same for any reward model); loading is strict (there a renamed tensor leaves random weights).
 
     python reward.py                                                  # from out/sft, on the built-in pairs
     python reward.py --model out/sft --data pairs.jsonl --lr 1e-5 --micro-batch 8
     torchrun --nproc_per_node 8 reward.py --model out/sft --data Dahoas/rm-static --split 2,4,4 --lr 1e-5 --zero 2
 
-The result is an `AutoModelForSequenceClassification` with one label; its centring offset stands in the config as `score_offset`.
+The result is an `AutoModelForSequenceClassification` with one label; its config holds `score_offset` and `score_scale`:
+score = (logit - score_offset) * score_scale.
 
 Dimension key:  B pairs, T = P prompt + A answer.
 """
@@ -34,7 +36,7 @@ class Config:
     held_out: float = 0.05             # share of the rows that is only evaluated on
     template: str = "Human: {prompt}\nAssistant:"  # how a prompt is written; chat: the tokenizer's own chat template
     max_len: int = 512                 # rows of more tokens, prompt and answer, are left out, and counted
-    epochs: float = 1.0                # passes over the data; InstructGPT: one, more overfits
+    epochs: float = 1.5                # passes over the data; InstructGPT takes one, as more overfits where pairs are few
     batch_size: int = 32               # pairs of one optimizer step, on all ranks together
     micro_batch: int = 0               # pairs a rank takes at once; 0: its whole share
     lr: float = 5e-4                   # peak learning rate; take about 1e-5 for a pretrained model
@@ -45,6 +47,7 @@ class Config:
 
 
 EVAL_ROWS = 1024  # held-out pairs that are looked at, at most
+CENTRE = 0.003    # weight of (chosen + rejected)^2 in the loss (Eisenstein et al. 2023): pairs leave a prompt's level free, PPO needs it fixed
 
 
 class RewardModel(nn.Module):
@@ -84,14 +87,11 @@ class RewardModel(nn.Module):
         config.dtype = dtype
         return cls(utils.load_pretrained(AutoModelForSequenceClassification, path, config))
 
-    @property
-    def offset(self):
-        return getattr(self.model.config, "score_offset", 0.0)
-
     def values(self, tokens):
-        """tokens (B, T) right-padded. Returns (B, T) float32, centred."""
+        """tokens (B, T) right-padded. Returns (B, T) float32, centred and scaled by what the config says."""
         hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state             # (B, T, E)
-        return self.model.score(hidden).squeeze(-1).float() - self.offset
+        offset, scale = (getattr(self.model.config, k, v) for k, v in (("score_offset", 0.0), ("score_scale", 1.0)))
+        return (self.model.score(hidden).squeeze(-1).float() - offset) * scale
 
     forward = values  # what DeepSpeed calls
 
@@ -117,15 +117,11 @@ def collate(rows, indices, device):
 
 @torch.no_grad()
 def scores_of(engine, rows, indices, micro, rank, world, device):
-    """Scores of the chosen and of the rejected answers, (n, 2) on every rank, in no particular order."""
-    engine.eval()
-    indices = indices[: max(len(indices) // world, 1) * world]  # every rank makes the same forwards
-    out = []
-    for part in utils.deal(indices, rows.lengths("chosen", "rejected"), micro, rank, world):
+    """Scores of the chosen and of the rejected answers, (n, 2), on every rank."""
+    def question(part):
         tokens, lengths = collate(rows, part, device)
-        out.append(at_end(engine(tokens), lengths).view(2, -1).T)                              # (B, 2)
-    engine.train()
-    return utils.gather_rows(torch.cat(out))
+        return at_end(engine(tokens), lengths).view(2, -1).T                                  # (B, 2)
+    return utils.ask_rows(question, indices, rows.lengths("chosen", "rejected"), micro, rank, world)
 
 
 def main(cfg):
@@ -141,9 +137,9 @@ def main(cfg):
     micro, accumulate = utils.micro_batches(cfg.batch_size, cfg.micro_batch, world)
     stream = data.steps(train, lengths, cfg.batch_size, cfg.seed)
     total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
-    engine = utils.train_engine(model, cfg.lr, micro, accumulate, cfg)
     utils.print0(f"step 2: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} pairs"
                  f" = {world} ranks x {accumulate} x {micro}")
+    engine = utils.train_engine(model, cfg.lr, micro, accumulate, cfg)
     log = utils.Log(cfg, total, {"loss": "7.4f", "accuracy": "8.3f", "margin": "7.3f", "held_out_accuracy": "6.3f", "padding": "6.3f"}, every=max(1, total // 30))
 
     # ---- training ----
@@ -155,7 +151,8 @@ def main(cfg):
             tokens, lens = collate(train, part, device)
             chosen, rejected = at_end(engine(tokens), lens).chunk(2)                           # (B,), (B,)
             loss = pairwise_loss(chosen, rejected) * len(part) / cfg.batch_size
-            engine.backward(loss * world * accumulate)                                         # DeepSpeed averages over ranks and divides by accumulate
+            centre = CENTRE * ((chosen + rejected) ** 2).sum() / cfg.batch_size
+            engine.backward((loss + centre) * world * accumulate)                              # DeepSpeed averages over ranks and divides by accumulate
             norm = utils.step(engine)
             margin = chosen - rejected
             sums += torch.tensor([loss.item(), (margin > 0).sum().item(), margin.sum().item(), lens.sum().item(), tokens.numel()])
@@ -168,16 +165,17 @@ def main(cfg):
                            held_out_loss=pairwise_loss(chosen, rejected).item(), held_out_pairs=len(chosen))
         log(step, metrics)
 
-    # ---- centre: a chosen answer scores 0 on average, so that clipping scores in PPO cuts both sides alike ----
+    # ---- centre and scale, on pairs that it was trained on: a chosen answer scores 0 on average, scores have variance 1 ----
     some = np.random.default_rng(cfg.seed).permutation(len(train))[:EVAL_ROWS]
-    offset = scores_of(engine, train, some, micro, rank, world, device)[:, 0].mean().item()
+    scores = scores_of(engine, train, some, micro, rank, world, device)                        # (n, 2)
+    offset, scale = scores[:, 0].mean().item(), 1 / max(scores.std().item(), 1e-3)
 
     # ---- a model folder ----
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None  # transformers scores before the first pad
-    utils.save_model(model.model, tokenizer, cfg.out, score_offset=offset, pad_token_id=pad)
+    utils.save_model(model.model, tokenizer, cfg.out, score_offset=offset, score_scale=scale, pad_token_id=pad)
     p, n = metrics["held_out_accuracy"], metrics["held_out_pairs"]
     utils.print0(f"saved {cfg.out}: held-out accuracy {p:.3f} +- {1.96 * (p * (1 - p) / n) ** 0.5:.3f} (95%, {n} pairs), "
-                 f"margin {metrics['held_out_margin']:.2f}, chosen answers centred by {offset:.3f}")
+                 f"margin {metrics['held_out_margin'] * scale:.2f} standard deviations of a score")
 
 
 if __name__ == "__main__":

@@ -53,15 +53,11 @@ def collate(rows, indices, device):
 @torch.no_grad()
 def evaluate(engine, rows, micro, rank, world, device):
     """Mean loss a token on held-out rows, over all ranks."""
-    engine.eval()
-    lengths, indices = rows.lengths("response"), np.arange(min(len(rows), EVAL_ROWS))
-    indices = indices[: max(len(indices) // world, 1) * world]  # every rank makes the same forwards
-    total = np.zeros(2)
-    for part in utils.deal(indices, lengths, micro, rank, world):
-        logprobs, _ = engine(*(batch := collate(rows, part, device)))
-        total += [-logprobs.sum().item(), batch[2].sum().item()]
-    loss, tokens = utils.all_sum(torch.tensor(total), device).tolist()
-    engine.train()
+    def question(indices):
+        logprobs, _ = engine(*(batch := collate(rows, indices, device)))
+        return torch.stack([-logprobs.sum(1), batch[2].float()], 1)                           # (B, 2)
+    indices = np.arange(min(len(rows), EVAL_ROWS))
+    loss, tokens = utils.ask_rows(question, indices, rows.lengths("response"), micro, rank, world).sum(0).tolist()
     return loss / tokens
 
 
@@ -78,9 +74,9 @@ def main(cfg):
     micro, accumulate = utils.micro_batches(cfg.batch_size, cfg.micro_batch, world)
     stream = data.steps(train, lengths, cfg.batch_size, cfg.seed)
     total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
-    engine = utils.train_engine(policy, cfg.lr, micro, accumulate, cfg)
     utils.print0(f"step 1: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} rows"
                  f" = {world} ranks x {accumulate} x {micro}")
+    engine = utils.train_engine(policy, cfg.lr, micro, accumulate, cfg)
     log = utils.Log(cfg, total, {"loss": "7.4f", "held_out_loss": "7.4f", "perplexity": "8.2f", "padding": "6.3f", "tokens_per_s": "7.0f"}, every=max(1, total // 30))
     clock = utils.Clock()
 
@@ -90,7 +86,7 @@ def main(cfg):
         utils.set_lr(engine, cfg.lr * utils.cosine(step - 1, total))
         batches = [collate(train, part, device) for part in utils.deal(indices, lengths, micro, rank, world)]
         answer_tokens = sum(train.answer_lengths("response")[indices])      # of all ranks: the mean is over the whole batch
-        loss = 0.0
+        loss, norm = 0.0, None
         for tokens, prompt_lens, answer_lens in batches:
             logprobs, _ = engine(tokens, prompt_lens, answer_lens)          # (B, A)
             part = -logprobs.sum() / answer_tokens

@@ -1,5 +1,6 @@
 """What the scripts share and a reader rarely opens: command line, start-up, DeepSpeed's settings, model folders, LoRA, logs."""
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -109,10 +110,8 @@ def boot(seed):
     importlib.import_module("deepspeed.comm.torch")
     if not cuda:  # DeepSpeed would compile C++ for two minutes, for a collective that gloo has
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-    import transformers
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     rank, device = int(os.environ["RANK"]), torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -120,6 +119,12 @@ def boot(seed):
         deepspeed.init_distributed(verbose=False)
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     return rank, dist.get_world_size(), device
+
+
+def quiet():
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def precision(name):
@@ -141,6 +146,18 @@ def deal(rows, lengths, micro, rank, world):
     length and dealt like cards: ranks carry the same load and a micro batch has little padding. Every rank gets equally many."""
     rows = rows[np.argsort(-lengths[rows], kind="stable")][rank::world]
     return [rows[i : i + micro] for i in range(0, len(rows), micro)]
+
+
+def ask_rows(question, indices, lengths, micro, rank, world):
+    """question(indices of a micro batch) -> (b, k) float, for all of `indices`: (n, k), in their order, on every rank."""
+    padded = np.resize(indices, len(indices) + -len(indices) % world)  # some twice, so that every rank makes the same forwards
+    out = None
+    for part in deal(np.arange(len(padded)), lengths[padded], micro, rank, world):
+        x = question(padded[part])
+        out = x.new_zeros(len(padded), x.size(1)) if out is None else out
+        out[part] = x
+    dist.all_reduce(out)  # every row was zero on all ranks but one
+    return out[: len(indices)]
 
 
 def all_sum(x, device):
@@ -210,7 +227,8 @@ def frozen_engine(model, device, cfg):
     buffers = {n: b.clone() for n, b in model.named_buffers() if b.dtype == torch.float32}
     engine, *_ = deepspeed.initialize(model=model, config=config)
     restore_buffers(engine.module, buffers)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def restore_buffers(module, buffers):
@@ -392,6 +410,44 @@ class Policy(nn.Module):
         return tuple(torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x) for x in out)
 
 
+class LoRA(nn.Module):
+    """base(x) + scale * (x @ A.T) @ B.T (Hu et al. 2021). The base never changes, so with `on` False this is the model it was: the
+    reference policy costs no memory. B starts at zero, so training starts from the base."""
+    on = True  # of the class: adapters are switched all at once, see adapters_off
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        out_features, in_features = reversed(base.weight.shape) if type(base).__name__ == "Conv1D" else base.weight.shape
+        self.base, self.scale = base.requires_grad_(False), alpha / rank
+        make = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_A = nn.Parameter(torch.randn(rank, in_features, **make) / in_features**0.5)
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **make))
+
+    def forward(self, x):
+        y = self.base(x)
+        return y + nn.functional.linear(nn.functional.linear(x, self.lora_A), self.lora_B) * self.scale if LoRA.on else y
+
+
+@contextlib.contextmanager
+def adapters_off():
+    """Within: every model is its base."""
+    LoRA.on = False
+    try:
+        yield
+    finally:
+        LoRA.on = True
+
+
+def add_lora(lm, rank, alpha):
+    """Freezes a model and puts adapters beside every linear layer of its blocks (not the embedding, not the output layer)."""
+    lm.requires_grad_(False)
+    linear = {name: m for name, m in lm.base_model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    for name, m in linear.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(lm.base_model.get_submodule(owner), leaf, LoRA(m, rank, alpha))
+    return lm
+
+
 def answer_index(prompt_lens, answer_lens):
     """Where the answers stand: index (B, A) of the state that each answer token is chosen in, which is the token before it, and
     mask (B, A) bool. This is the only shift by one in the project; past it, everything is (B, A)."""
@@ -448,7 +504,8 @@ class Log:
         """columns: {metric: format}, e.g. {"loss": "8.4f"}. every: of how many steps one is printed."""
         self.out, self.total, self.columns, self.every = Path(cfg.out), total, columns, every
         self.start, self.tty = time.time(), sys.stdout.isatty()
-        if os.environ.get("RANK", "0") != "0":
+        self.rank0 = os.environ.get("RANK", "0") == "0"
+        if not self.rank0:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
@@ -460,12 +517,17 @@ class Log:
         self.file = open(self.out / "metrics.jsonl", "w")
         print0("  step" + " " * (len(str(total)) * 2 - 3) + "".join(f" {k:>{max(len(k), int(f.split('.')[0]))}}" for k, f in columns.items()) + "  left")
 
+    def write(self, step, metrics):
+        """Only to the file."""
+        if self.rank0:
+            self.file.write(json.dumps({"step": step, **{k: v for k, v in metrics.items() if v is not None}}) + "\n")
+            self.file.flush()
+
     def __call__(self, step, metrics):
         """step counts from 1. Rank 0 writes; others do nothing."""
-        if os.environ.get("RANK", "0") != "0":
+        self.write(step, metrics)
+        if not self.rank0:
             return
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
         left = (time.time() - self.start) / step * (self.total - step)
         bar = "━" * (n := 10 * step // self.total) + "╌" * (10 - n)
         cells = "".join(f" {format(metrics[k], f) if k in metrics else '-':>{max(len(k), int(f.split('.')[0]))}}" for k, f in self.columns.items())

@@ -1,0 +1,165 @@
+"""How fast is it here, and next to what? Measures on this machine, with random weights, so that nothing is downloaded.
+
+    python bench.py generate                                   # engine and transformers.generate, at fixed and at ragged lengths
+    python bench.py generate --model opt-1.3b --batch 128 --prompt-len 256 --new-tokens 256
+    python bench.py ppo                                        # a whole iteration of step 3, by phase, with either engine
+
+Both sides run in one process, turn by turn; a row is the median of --repeats turns, a ratio is the median of their ratios. Everything
+is also written to results/DEVICE-WHAT.json, with the versions and the commit.
+"""
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import utils
+from hybrid_engine import HFEngine, HybridEngine
+
+# name: family, layers, width, heads, key/value heads, width of the MLP, vocabulary
+SHAPES = {
+    "opt-4x256": ("opt", 4, 256, 4, 4, 1024, 8192), "llama-4x256": ("llama", 4, 256, 4, 2, 688, 8192),
+    "opt-125m": ("opt", 12, 768, 12, 12, 3072, 50272), "opt-350m": ("opt", 24, 1024, 16, 16, 4096, 50272),
+    "opt-1.3b": ("opt", 24, 2048, 32, 32, 8192, 50272), "opt-2.7b": ("opt", 32, 2560, 32, 32, 10240, 50272),
+    "opt-6.7b": ("opt", 32, 4096, 32, 32, 16384, 50272), "opt-13b": ("opt", 40, 5120, 40, 40, 20480, 50272),
+    "opt-30b": ("opt", 48, 7168, 56, 56, 28672, 50272), "opt-66b": ("opt", 64, 9216, 72, 72, 36864, 50272),
+    "llama-1b": ("llama", 16, 2048, 32, 8, 8192, 128256), "llama-8b": ("llama", 32, 4096, 32, 8, 14336, 128256),
+    "llama-70b": ("llama", 80, 8192, 64, 8, 28672, 128256), "qwen3-8b": ("qwen3", 36, 4096, 32, 8, 12288, 151936),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "opt-4x256,llama-4x256"  # shapes, joined by commas; see SHAPES
+    batch: int = 32                    # prompts answered together
+    prompt_len: int = 64               # tokens of a prompt
+    new_tokens: int = 64               # tokens of an answer
+    repeats: int = 7                   # turns of each side; the median is shown
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
+    out: str = "results"               # folder of the raw numbers
+    seed: int = 1                      # of weights and of sampling
+
+
+def build(name, dtype, context=1024):
+    """A model of a shape, with random weights, made on the device."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen3Config
+    if name not in SHAPES:
+        raise utils.UserError(f"--model {name}: no such shape; there are {', '.join(SHAPES)}")
+    family, L, E, H, K, M, V = SHAPES[name]
+    common = dict(vocab_size=V, hidden_size=E, num_hidden_layers=L, num_attention_heads=H, max_position_embeddings=max(context, 2048))
+    if family == "opt":
+        config = OPTConfig(**common, ffn_dim=M, word_embed_proj_dim=E, dropout=0.0)
+    else:
+        config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**common, num_key_value_heads=K, intermediate_size=M, head_dim=E // H)
+    with torch.device(device()):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name():
+    return torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else f"cpu-{torch.get_num_threads()}-threads"
+
+
+def turns(repeats, **sides):
+    """Runs the sides turn by turn, once to warm up; {side: [(seconds, result) of each turn]}."""
+    out = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, side in sides.items():
+            clock = utils.Clock()
+            result = side(turn)
+            if turn:
+                out[name].append((clock.lap(), result))
+    return out
+
+
+def generate(cfg):
+    """Sampling at temperature 1: fixed lengths (no EOS), and answers that end at geometric lengths (mean 32, at most 256; 8 x batch prompts)."""
+    rows = []
+    for name in cfg.model.split(","):
+        lm = build(name, utils.precision(cfg.dtype), cfg.prompt_len + max(cfg.new_tokens, 256))
+        V, g = lm.config.vocab_size, torch.Generator().manual_seed(cfg.seed)
+        ours, theirs = HybridEngine(lm), HFEngine(lm)
+        for case, n, new, eos in (("fixed", cfg.batch, cfg.new_tokens, None), ("ragged", 8 * cfg.batch, 256, list(range(V // 32)))):
+            # Random weights sample nearly uniformly: with a 32nd of the vocabulary as EOS, lengths are geometric with mean 32.
+            prompts = torch.randint(V // 32, V, (n, cfg.prompt_len), generator=g).tolist()
+            both = turns(cfg.repeats, ours=lambda t: ours.generate(prompts, new, eos_token_id=eos, seed=t),
+                         theirs=lambda t: theirs.generate(prompts, new, eos_token_id=eos, seed=t))
+            speed = {side: [int(r.answer_lens.sum()) / s for s, r in runs] for side, runs in both.items()}
+            rows.append({"model": name, "case": case, "prompts": n, "prompt_len": cfg.prompt_len, "new_tokens": new,
+                         "mean_length": statistics.mean(float(r.answer_lens.float().mean()) for _, r in both["ours"]),
+                         "tokens_per_s": statistics.median(speed["ours"]), "transformers_tokens_per_s": statistics.median(speed["theirs"]),
+                         "ratio": statistics.median(a / b for a, b in zip(speed["ours"], speed["theirs"])), "runs": speed})
+            r = rows[-1]
+            print(f"{name:<14}{case:<8}{n:>5} x {cfg.prompt_len}+{new:<5} engine {r['tokens_per_s']:>9,.0f} tokens/s   transformers.generate "
+                  f"{r['transformers_tokens_per_s']:>9,.0f}   ratio {r['ratio']:.2f}", flush=True)
+    return rows
+
+
+def ppo(cfg):
+    """A step-3 iteration of ppo.py itself, with --engine hybrid and --engine hf: seconds of rollout, score and update."""
+    import ppo as script
+    import reward
+    from utils import save_model, tiny_tokenizer
+    utils.boot(cfg.seed)
+    rows = []
+    for name in cfg.model.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            lm = build(name, torch.float32)
+            save_model(lm, tiny_tokenizer(), f"{folder}/sft")
+            save_model(reward.RewardModel.from_lm(f"{folder}/sft", torch.float32).model, tiny_tokenizer(), f"{folder}/reward")
+            times = {"hybrid": [], "hf": []}
+            prompts = [{"prompt": "x" * (cfg.prompt_len - 18)} for _ in range(1)]
+            rng = __import__("random").Random(cfg.seed)
+            prompts = [{"prompt": "".join(rng.choice("abcdefgh") for _ in range(cfg.prompt_len - 18))} for _ in range(20 * cfg.batch)]
+            Path(f"{folder}/prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+            for engine in ("hybrid", "hf", "hybrid", "hf"):
+                script.main(script.Config(model=f"{folder}/sft", reward_model=f"{folder}/reward", data=f"{folder}/prompts.jsonl", out=f"{folder}/out",
+                                          max_new_tokens=cfg.new_tokens, batch_size=cfg.batch, iterations=cfg.repeats, minibatches=1, ppo_epochs=1,
+                                          engine=engine, dtype=cfg.dtype, actor_lr=1e-6, critic_lr=1e-6))
+                log = [json.loads(line) for line in open(f"{folder}/out/metrics.jsonl")][2:]  # without the first iteration
+                times[engine] += [[r[k] for k in ("rollout_s", "score_s", "update_s")] for r in log]
+        median = {e: [statistics.median(t) for t in zip(*runs)] for e, runs in times.items()}
+        rows.append({"model": name, "batch": cfg.batch, "prompt_len": cfg.prompt_len, "new_tokens": cfg.new_tokens, "runs": times,
+                     **{f"{e}_{k}": v for e, m in median.items() for k, v in zip(("rollout_s", "score_s", "update_s"), m)},
+                     "ratio": sum(median["hf"]) / sum(median["hybrid"])})
+        for e, m in median.items():
+            print(f"{name:<14}--engine {e:<8} rollout {m[0]:.2f} s   score {m[1]:.2f}   update {m[2]:.2f}   iteration {sum(m):.2f}")
+        print(f"{name:<14}an iteration is {rows[-1]['ratio']:.2f} times as fast")
+    return rows
+
+
+TASKS = {"generate": generate, "ppo": ppo}
+
+
+def main(cfg, task):
+    utils.quiet()
+    torch.manual_seed(cfg.seed)
+    print(f"{device_name()}, torch {torch.__version__}, {utils.precision(cfg.dtype)}")
+    rows = TASKS[task](cfg)
+    import transformers
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    record = {"task": task, "config": dataclasses.asdict(cfg), "device": device_name(), "processor": platform.processor() or platform.machine(),
+              "threads": torch.get_num_threads(), "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+              "commit": git or None, "time": time.strftime("%Y-%m-%d %H:%M"), "rows": rows}
+    path = Path(cfg.out) / f"{device_name()}-{task}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in TASKS:
+        sys.exit(f"{__doc__}\nwhat to measure: {', '.join(TASKS)}")
+    task = sys.argv.pop(1)
+    utils.run(lambda cfg: main(cfg, task), Config)

@@ -1,0 +1,963 @@
+"""The specification, in the order of the README. Each test is one sentence; inside stands a naive second version of what it tests.
+
+    make test                       # all of it, about four minutes on two cores
+    pytest test_all.py -k engine    # one part
+
+Real weights and real human preferences are taken from ../shared where that folder exists; the rest needs nothing.
+"""
+import dataclasses
+import gzip
+import json
+import math
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+from pathlib import Path
+
+os.environ.setdefault("NANORLHF_CACHE", tempfile.mkdtemp(prefix="nanorlhf-test-"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import chat
+import data
+import demo
+import kernels
+import ppo
+import reward
+import sft
+import utils
+from hybrid_engine import FAMILIES, HFEngine, HybridEngine, make_engine
+from reward import RewardModel
+
+utils.quiet()
+torch.set_num_threads(1)
+HERE, SHARED = Path(__file__).parent, Path(__file__).parent.parent / "shared" / "data"
+STORIES = str(SHARED / "stories260k")
+shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the real weights and data of ../shared")
+TEMPLATE = "Human: {prompt}\nAssistant:"
+SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "chat": chat}
+
+
+# -----------------------------------------------------------------------------
+# helpers
+
+
+@pytest.fixture(scope="session")
+def tok():
+    return utils.tiny_tokenizer()
+
+
+def write_rows(path, rows):
+    Path(path).write_text("\n".join(json.dumps(r) for r in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def toy_file(tmp_path_factory):
+    """240 rows of toy in a file: small enough to train on in a second."""
+    rows = [r for r, _ in zip(data.toy(), range(240))]
+    return write_rows(tmp_path_factory.mktemp("toy") / "toy.jsonl", rows)
+
+
+def tiny_config(kind, **more):
+    """A model of every family, small, with a vocabulary of 97."""
+    import transformers as t
+    s = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512)
+    llama = dict(s, intermediate_size=100, num_key_value_heads=2)
+    make = {
+        "llama": lambda: t.LlamaConfig(**llama),
+        "llama3 rope": lambda: t.LlamaConfig(**llama, rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0,
+                                                                      high_freq_factor=4.0, original_max_position_embeddings=64)),
+        "yarn": lambda: t.LlamaConfig(**llama, rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=8.0, original_max_position_embeddings=64)),
+        "mistral": lambda: t.MistralConfig(**{**llama, "num_key_value_heads": 1}, sliding_window=20),
+        "qwen2": lambda: t.Qwen2Config(**llama, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+        "qwen3": lambda: t.Qwen3Config(**llama, head_dim=32),
+        "opt": lambda: t.OPTConfig(**s, ffn_dim=100, word_embed_proj_dim=64),
+        "opt-350m": lambda: t.OPTConfig(**s, ffn_dim=100, word_embed_proj_dim=32, do_layer_norm_before=False),
+        "gpt2": lambda: t.GPT2Config(vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=512),
+        "gpt_neox": lambda: t.GPTNeoXConfig(**s, intermediate_size=100, rotary_pct=0.25),
+        "gpt_neox sequential": lambda: t.GPTNeoXConfig(**s, intermediate_size=100, rotary_pct=1.0, use_parallel_residual=False),
+        "bloom": lambda: t.BloomConfig(vocab_size=97, hidden_size=96, n_layer=3, n_head=6),
+    }
+    config = make[kind]()
+    config.update(dict(eos_token_id=5, bos_token_id=1, pad_token_id=0) | more)
+    return config
+
+
+KINDS = ["llama", "llama3 rope", "yarn", "mistral", "qwen2", "qwen3", "opt", "opt-350m", "gpt2", "gpt_neox", "gpt_neox sequential", "bloom"]
+
+
+def model_of(kind, seed=0, **more):
+    """Random weights, larger than an initialisation, so that a wrong layer cannot hide."""
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(seed)
+    lm = AutoModelForCausalLM.from_config(tiny_config(kind, **more)).eval()
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.add_(torch.randn_like(p) * (0.1 if p.dim() > 1 else 0.05))
+    return lm
+
+
+def ragged(lengths, vocab=97, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(6, vocab, (n,), generator=g).tolist() for n in lengths]
+
+
+def plain_logprobs(lm, tokens, prompt_len, temperature=1.0):
+    """Log-probability of each answer token of one row, by the textbook: a forward of this row alone."""
+    with torch.no_grad():
+        logits = lm(torch.tensor([tokens])).logits[0, prompt_len - 1 : -1].double() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens[prompt_len:])[:, None])[:, 0]
+
+
+def rows_of(out):
+    return [t[: p + a].tolist() for t, p, a in zip(out.tokens, out.prompt_lens, out.answer_lens)]
+
+
+def train(script, out, **flags):
+    """Runs a script's main in this process; returns its metrics, one dict a step."""
+    script.main(script.Config(out=str(out), **flags))
+    return [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
+
+
+def command(*args, typed=None):
+    """Runs a command as a user would, who typed this; returns (exit code, what it printed)."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=HERE, env=env, input=typed)
+    return done.returncode, done.stdout + done.stderr
+
+
+def _rank(rank, world, port, folder, function, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.save(function(*args), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+
+
+def ranks(world, function, *args):
+    """function(*args) on so many gloo ranks; returns their results in the order of the ranks."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        procs = [mp.get_context("spawn").Process(target=_rank, args=(r, world, port, folder, function, args)) for r in range(world)]
+        for p in procs:
+            p.start()
+        deadline = time.time() + 200
+        while any(p.is_alive() for p in procs) and all(p.exitcode in (None, 0) for p in procs) and time.time() < deadline:
+            time.sleep(0.1)
+        died, hang = [r for r, p in enumerate(procs) if p.exitcode not in (None, 0)], [r for r, p in enumerate(procs) if p.is_alive()]
+        for p in procs:
+            p.kill()
+        assert not died, f"rank {died} died: the traceback stands in the output"
+        assert not hang, f"rank {hang} hangs"
+        return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world)]
+
+
+# -----------------------------------------------------------------------------
+# data: rows from anywhere
+
+
+@pytest.mark.parametrize("row, want", [
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, ("p", "c", "c", "r")),
+    ({"prompt": "p", "response": "a"}, ("p", "a", None, None)),
+    ({"prompt": "p"}, ("p", None, None, None)),
+    ({"prompt": "\n\nHuman: p\n\nAssistant:", "chosen": " c", "rejected": " r"}, ("p", " c", " c", " r")),
+    ({"chosen": "\n\nHuman: p\n\nAssistant: c", "rejected": "\n\nHuman: p\n\nAssistant: r"}, ("p", "c", "c", "r")),
+    ({"instruction": "i", "input": "x", "output": "o"}, ("i\nx", "o", None, None)),
+    ({"instruction": "i", "input": "", "output": "o", "chosen": "c", "rejected": "r"}, ("i", "o", "c", "r")),
+    ({"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]}, ("p", "a", None, None)),
+    ({"question": "q", "answer": "a"}, ("q", "a", None, None)),
+    ({"text": "t"}, (None, "t", None, None)),
+])
+def test_a_row_is_recognised_by_its_fields(row, want):
+    messages, *rest = data.convert(row, "here")
+    assert (messages[-1]["content"] if messages else None, *rest) == want
+
+
+def test_a_conversation_is_rendered_turn_by_turn(tok):
+    messages = data.dialogue("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d")[:-1]
+    assert data.render(messages, TEMPLATE, tok) == "Human: a\nAssistant: b\nHuman: c\nAssistant:"
+    tok = utils.tiny_tokenizer()
+    tok.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    assert data.render(messages, "chat", tok) == "[user]a[assistant]b[user]c[assistant]"
+
+
+def load_file(path, tok, step="sft", split="", held_out=0.2, max_len=512, template=TEMPLATE):
+    return data.load(str(path), step, split, held_out, template, tok, max_len)
+
+
+def test_an_answer_ends_with_the_one_id_of_eos_even_where_pad_and_bos_are_the_same_id(tmp_path):
+    for same in (False, True):
+        tok = utils.tiny_tokenizer()
+        if same:
+            tok.pad_token = tok.bos_token = tok.eos_token
+        path = write_rows(tmp_path / "a.jsonl", [{"prompt": f"word {i}", "response": "x" * (1 + i % 7)} for i in range(40)])
+        rows, _ = load_file(path, tok)
+        tokens, prompt_lens, answer_lens = sft.collate(rows, range(len(rows)), "cpu")
+        for t, p, a in zip(tokens, prompt_lens, answer_lens):
+            answer = t[p : p + a].tolist()
+            assert answer[-1] == tok.eos_token_id and answer.count(tok.eos_token_id) == 1, "EOS is one id, at the end"
+            assert tok.decode(answer[:-1]).strip("x ") == "" and tok.decode(t[:p]).endswith("Assistant:")
+
+
+def test_split_divides_rows_without_overlap_whatever_their_order(tmp_path, tok):
+    rows = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(600)]
+    a, b = write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[::-1])
+    parts = {}
+    for path in (a, b):
+        for step in ("sft", "reward", "ppo"):
+            train_rows, held = load_file(path, tok, step, "2,4,4")
+            parts[path, step] = [{tuple(r.prompt(i)) for i in range(len(r))} for r in (train_rows, held)]
+    for step in ("sft", "reward", "ppo"):
+        assert parts[a, step] == parts[b, step], "a row's step depends on its content alone"
+    everything = [s for step in ("sft", "reward", "ppo") for s in parts[a, step]]
+    assert len(set.union(*everything)) == sum(map(len, everything)) == 600, "every row stands in exactly one place"
+    assert 80 < len(set.union(*parts[a, "sft"])) < 160, "a fifth goes to step 1"
+
+
+def test_weights_are_the_shares_of_an_epoch(tmp_path, tok):
+    files = [write_rows(tmp_path / f"{n}.jsonl", [{"prompt": f"{n} {i}", "response": n} for i in range(size)]) for n, size in (("a", 700), ("b", 500))]
+    rows, _ = load_file(f"{files[0]}:0.8,{files[1]}:0.2", tok, held_out=0.05)
+    order = data.epoch_order(rows, 0, 1)
+    share = (rows.source[order] == 0).mean()
+    assert abs(share - 0.8) < 0.01 and len(set(order)) == len(order), f"{share}: 80% from the first, and no row twice"
+    assert set(order) != set(data.epoch_order(rows, 1, 1)), "another epoch takes other rows of the larger source"
+
+
+def test_an_epoch_has_every_row_once_and_ranks_share_the_batches_of_one_process(toy_file, tok):
+    rows, _ = load_file(toy_file, tok)
+    lengths = rows.lengths("response")
+    first, second = (list(data.batches(rows, lengths, 8, epoch, seed=3)) for epoch in (0, 1))
+    seen = np.concatenate(first)
+    assert len(set(seen)) == len(seen) == len(rows) // 8 * 8, "no row twice in an epoch"
+    assert [b.tolist() for b in first] != [b.tolist() for b in second], "another epoch has another order"
+    for batch in first:
+        dealt = [np.concatenate(utils.deal(batch, lengths, 2, r, 4)) for r in range(4)]
+        assert all(len(d) == 2 for d in dealt) and set(np.concatenate(dealt)) == set(batch)
+    resumed = data.steps(rows, lengths, 8, 3, start=len(first) + 2)
+    assert next(resumed)[1].tolist() == second[2].tolist(), "the position in the data is a number"
+
+
+def test_tokens_are_made_once_and_again_when_a_line_or_the_template_changes(tmp_path, tok, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    rows = [{"prompt": f"question {i}", "response": "yes"} for i in range(50)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    load_file(path, tok)
+    (folder,) = data.CACHE.iterdir()
+    stamp = (folder / "tokens.bin").stat().st_mtime_ns
+    load_file(path, tok)
+    assert [f.name for f in data.CACHE.iterdir()] == [folder.name] and (folder / "tokens.bin").stat().st_mtime_ns == stamp
+    load_file(path, tok, template="Q: {prompt}\nA:")
+    assert len(list(data.CACHE.iterdir())) == 2, "another template, other tokens"
+    rows[7]["response"] = "no"
+    write_rows(path, rows)
+    edited, held = load_file(path, tok)
+    assert len(list(data.CACHE.iterdir())) == 3
+    answers = [tok.decode(r.answer(i, "response")[:-1]).strip() for r in (edited, held) for i in range(len(r))]
+    assert answers.count("no") == 1, "the edited line is seen"
+
+
+def test_toy_is_exactly_checkable_and_a_third_of_its_demonstrations_is_wrong(tok):
+    rows = list(data.toy(500))
+    right = np.mean([data.toy_gold(f"Human: {r['prompt']}\nAssistant:", " " + r["response"]) for r in rows])
+    assert 0.62 < right < 0.68
+    assert all(data.toy_gold(r["prompt"], r["chosen"]) == 1 and data.toy_gold(r["prompt"], r["rejected"]) == 0 for r in rows)
+    assert data.toy_gold("reverse abc", "cba") == data.toy_gold("upper abc", "ABC") == data.toy_gold("sort cab", "abc") == 1
+    assert data.toy_gold("first abc", "ab") == data.toy_gold("copy abc", "abcc") == 0
+
+
+@shared
+def test_real_preferences_are_read_whole_and_batches_of_them_have_little_padding():
+    tok = utils.load_tokenizer(STORIES)
+    rows, held = data.load(str(SHARED / "prefs/hh_harmless_test.jsonl.gz"), "reward", "", 0.1, TEMPLATE, tok, 10**6)
+    equal = 2312 - len(rows) - len(held) - 5  # 5 pairs of dialogues with different prompts
+    assert 0 <= equal <= 12, f"{len(rows) + len(held)} of 2,312 rows are there"
+    lengths = rows.lengths("chosen", "rejected")
+    real = slots = 0
+    for batch in data.batches(rows, lengths, 32, 0, 1):
+        for part in utils.deal(batch, lengths, 4, 0, 1):
+            tokens, lens = reward.collate(rows, part, "cpu")
+            real, slots = real + int(lens.sum()), slots + tokens.numel()
+    text = tok.decode(rows.prompt(0), skip_special_tokens=True)
+    assert text.startswith("Human:") and text.endswith("Assistant:"), text
+    print(f"padding {1 - real / slots:.3f}")
+
+
+def test_a_new_source_is_ten_lines_as_the_readme_shows(tok, monkeypatch):
+    (code,) = re.findall(r"```python\n(def arithmetic.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert len(code.split("\n\n")[0].splitlines()) <= 10
+    monkeypatch.setattr(data, "SOURCES", dict(data.SOURCES)), monkeypatch.setattr(data, "CHECKERS", dict(data.CHECKERS))
+    exec(code, vars(data))
+    rows, _ = load_file("arithmetic", tok, "reward")
+    prompt, right, wrong = (tok.decode(x, skip_special_tokens=True) for x in (rows.prompt(5), rows.answer(5, "chosen"), rows.answer(5, "rejected")))
+    assert data.checker("arithmetic")(prompt, right) == 1 and data.checker("arithmetic")(prompt, wrong) == 0
+
+
+BAD_DATA = {
+    "missing file": ("nowhere.jsonl", None, "nowhere.jsonl: no such file"),
+    "not a kind": ("a.csv", "x", "unknown kind of file '.csv'"),
+    "broken line": ("a.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt": "a", ', r"a.jsonl:2: not valid JSON"),
+    "unknown fields": ("a.jsonl", '{"foo": 1}', r"a.jsonl:1: unknown fields \['foo'\]; a row needs one of: messages; prompt"),
+    "not an object": ("a.jsonl", "[1, 2]", "a.jsonl:1: a row must be an object"),
+    "not text": ("a.jsonl", '{"prompt": "a", "response": 3}', "a.jsonl:1: a field holds '3' where text is needed"),
+    "empty": ("a.jsonl", "", "has no rows"),
+    "no pair": ("a.jsonl", '{"prompt": "a", "response": "b"}', "no row has chosen and rejected"),
+    "not a list": ("a.json", '{"prompt": "a"}', "must hold one list of rows"),
+    "not gzip": ("a.jsonl.gz", "plain", "cannot be read as gzipped"),
+    "too few": ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "rows are too few"),
+    "too long": ("a.jsonl", json.dumps({"prompt": "a" * 600, "chosen": "b", "rejected": "c"}), "no row is left .*1 over 512 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_gets_one_sentence_that_says_where(case, tmp_path, tok):
+    name, content, message = BAD_DATA[case]
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(utils.UserError, match=message):
+        load_file(tmp_path / name, tok, "reward")
+
+
+@pytest.mark.parametrize("split, data_flag, message", [
+    ("2,4", "toy", "three shares"), ("0,1,1", "toy", "gives nothing to step 1"), ("", "toy:0", "weight above 0"), ("", "toy:1,toy", "weight above 0, or none"),
+    ("", "", "--data is empty")])
+def test_bad_splits_and_weights_get_one_sentence(split, data_flag, message, tok):
+    with pytest.raises(utils.UserError, match=message):
+        data.load(data_flag, "sft", split, 0.1, TEMPLATE, tok, 512)
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_knob_has_help_and_the_scripts_agree_on_those_they_share(name):
+    Config, help_of = SCRIPTS[name].Config, {n: utils.field_help(s.Config) for n, s in SCRIPTS.items()}
+    hints = {n: typing.get_type_hints(s.Config) for n, s in SCRIPTS.items()}
+    for f in dataclasses.fields(Config):
+        assert help_of[name].get(f.name), f"{name}.py --{f.name} has no comment behind it"
+        if f.name in ("model", "out", "epochs", "batch_size", "micro_batch", "lr", "seed", "max_len"):
+            continue  # what they are of differs
+        for other, h in hints.items():
+            if f.name in h and other != "chat":
+                assert hints[name][f.name] == h[f.name] or name == "chat", f"--{f.name} differs in {name} and {other}"
+                assert name in ("chat",) or help_of[name][f.name] == help_of[other][f.name], f"--{f.name} differs in {name} and {other}"
+    assert len(dataclasses.fields(Config)) <= (34 if name == "ppo" else 18)
+
+
+def test_flags_take_dashes_or_underscores_and_a_wrong_one_is_named():
+    assert utils.parse_args(ppo.Config, ["--kl-coef", "0.2", "--max_new_tokens=7"]) == ppo.Config(kl_coef=0.2, max_new_tokens=7)
+    for argv in (["--klcoef", "1"], ["--zero", "4"], ["--batch-size", "x"], ["--temperature", "0"], ["--batch-size", "10", "--minibatches", "3"]):
+        with pytest.raises(SystemExit):
+            utils.parse_args(ppo.Config, argv)
+
+
+def test_the_readme_shows_commands_that_parse():
+    text = (HERE / "README.md").read_text().replace("\\\n", " ") + "".join(s.__doc__ for s in SCRIPTS.values())
+    found = re.findall(r"(?:python|torchrun[^\n]*?|deepspeed[^\n]*?) (sft|reward|ppo|chat)\.py([^\n`]*)", text)
+    assert len(found) > 10
+    for name, flags in found:
+        utils.parse_args(SCRIPTS[name].Config, shlex.split(flags, comments=True) or ["--seed", "1"])
+
+
+# -----------------------------------------------------------------------------
+# log-probabilities
+
+
+def test_token_logprobs_and_their_gradients_equal_autograd_in_float64(monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(13, 8), torch.randn(50, 8), torch.randint(50, (13,))
+    g, g_entropy = torch.randn(13), torch.randn(13)
+    for chunk in (2**24, 200):  # all at once, and four rows at a time
+        monkeypatch.setattr(kernels.TokenLogprobs, "CHUNK", chunk)
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs, entropy = kernels.token_logprobs(h, w, targets, 0.7)
+        (logprobs @ g + entropy @ g_entropy).backward()
+        h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+        z = (h64 @ w64.T / 0.7).log_softmax(-1)
+        want, want_entropy = z.gather(1, targets[:, None])[:, 0], -(z.exp() * z).sum(-1)
+        (want @ g.double() + want_entropy @ g_entropy.double()).backward()
+        for got, expected in ((logprobs, want), (entropy, want_entropy), (h.grad, h64.grad), (w.grad, w64.grad)):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_padded_batch_gives_each_row_the_logprobs_of_that_row_alone():
+    for kind in ("opt", "gpt2", "llama", "bloom"):
+        lm = model_of(kind)
+        rows, prompt_lens = ragged([9, 4, 21, 3]), torch.tensor([5, 1, 20, 1])
+        for pad in (0, 5, 1):  # pad, eos, bos: what the padding is cannot matter
+            tokens, lens = data.pad(rows, value=pad)
+            with torch.no_grad():
+                got, _ = utils.Policy(lm)(tokens, prompt_lens, lens - prompt_lens, 0.7)
+            for i, (row, p) in enumerate(zip(rows, prompt_lens.tolist())):
+                want = plain_logprobs(lm, row, p, 0.7)
+                torch.testing.assert_close(got[i, : len(want)].double(), want, rtol=1e-4, atol=1e-5)
+                assert (got[i, len(want) :] == 0).all()
+
+
+def test_eos_carries_gradient_although_it_is_also_pad_and_bos():
+    lm = model_of("opt", pad_token_id=5, bos_token_id=5)
+    tokens, lens = data.pad([[5, 9, 8, 7, 5], [5, 9, 8, 5]], value=5)
+    logprobs, _ = utils.Policy(lm)(tokens, torch.tensor([3, 2]), lens - torch.tensor([3, 2]))
+    (grad,) = torch.autograd.grad(logprobs[0, 1], lm.get_output_embeddings().weight)
+    assert logprobs[0, 1] != 0 and grad[5].abs().sum() > 0, "the EOS at the end of an answer is an action"
+
+
+# -----------------------------------------------------------------------------
+# step 2
+
+
+def test_the_pairwise_loss_is_its_formula_and_finite_at_extreme_margins():
+    c, r = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0])
+    want = np.mean([math.log(1 + math.exp(-(a - b))) for a, b in zip(c.tolist(), r.tolist())])
+    assert abs(reward.pairwise_loss(c, r).item() - want) < 1e-6
+    assert torch.isfinite(reward.pairwise_loss(torch.tensor([-1e4]), torch.tensor([1e4]))), "margins of any size"
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "opt-350m", "gpt2", "gpt_neox", "bloom"])
+def test_a_score_is_read_at_the_last_real_token_whatever_stands_behind_it(kind, tmp_path, tok):
+    model_of(kind, vocab_size=258).save_pretrained(tmp_path)
+    rm = RewardModel.from_lm(str(tmp_path), torch.float32).eval()
+    rows = ragged([9, 4, 21])
+    with torch.no_grad():
+        alone = torch.cat([rm.score(torch.tensor([r]), torch.tensor([len(r)])) for r in rows])
+        for value in (0, 5, 80):
+            tokens, lens = data.pad(rows, value=value)
+            torch.testing.assert_close(rm.score(tokens, lens), alone, rtol=1e-4, atol=1e-5)
+    d = rm.model.score.in_features
+    assert abs(rm.model.score.weight.std().item() * (d + 1) ** 0.5 - 1) < 0.3, "the head starts at std 1/sqrt(d + 1)"
+
+
+def test_a_reward_model_with_a_missing_renamed_or_misshapen_tensor_is_refused(tmp_path):
+    from safetensors.torch import load_file as read, save_file
+    model_of("opt").save_pretrained(tmp_path / "lm")
+    rm = RewardModel.from_lm(str(tmp_path / "lm"), torch.float32)
+    rm.model.save_pretrained(tmp_path / "rm")
+    RewardModel.from_pretrained(str(tmp_path / "rm"))
+    path = tmp_path / "rm" / "model.safetensors"
+    whole = read(path)
+    name = next(k for k in whole if "layers.1.fc1.weight" in k)
+    for change, message in ((lambda s: s.pop(name), "lacks 1 tensor, such as .*layers.1.fc1.weight"),
+                            (lambda s: s.update({name.replace("layers", "layer"): s.pop(name)}), "lacks 1 tensor"),
+                            (lambda s: s.update({"extra.weight": torch.zeros(2)}), "has unknown 1 tensor, such as extra.weight"),
+                            (lambda s: s.update({name: s[name][:-1].clone()}), "wrong shape")):
+        state = dict(whole)
+        change(state)
+        save_file(state, path, metadata={"format": "pt"})
+        with pytest.raises(utils.UserError, match=message):
+            RewardModel.from_pretrained(str(tmp_path / "rm"))
+    with pytest.raises(utils.UserError, match="is not a reward model"):
+        RewardModel.from_pretrained(str(tmp_path / "lm"))
+
+
+# -----------------------------------------------------------------------------
+# step 3: the formulas
+
+
+def random_batch(B=5, A=7, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lens = torch.tensor([A, 1, 3, A - 1, 2])[:B]
+    mask = torch.arange(A) < lens[:, None]
+    return lens, mask, [torch.randn(B, A, generator=g, dtype=torch.float64) * mask for _ in range(4)]
+
+
+def test_gae_is_the_sum_of_discounted_errors():
+    lens, mask, (values, rewards, *_) = random_batch()
+    advantages, returns = ppo.gae(values, rewards, mask, 0.9, 0.8)
+    for b, n in enumerate(lens.tolist()):
+        for t in range(n):
+            want = 0.0
+            for k in range(t, n):
+                after = values[b, k + 1].item() if k + 1 < n else 0.0
+                want += (0.9 * 0.8) ** (k - t) * (rewards[b, k].item() + 0.9 * after - values[b, k].item())
+            assert abs(advantages[b, t].item() - want) < 1e-9
+    torch.testing.assert_close(returns, (advantages + values) * mask)
+    assert (advantages[~mask] == 0).all(), "nothing past the end"
+    _, returns = ppo.gae(values, rewards, mask, 1.0, 1.0)
+    torch.testing.assert_close(returns, rewards.flip(1).cumsum(1).flip(1) * mask, msg="lambda = gamma = 1: the sum of what comes")
+    torch.testing.assert_close(ppo.gae(values + 3 * ~mask, rewards - 5 * ~mask, mask, 0.9, 0.8)[0], advantages, msg="what stands past the end is not read")
+
+
+def test_token_rewards_are_kl_everywhere_and_the_clipped_score_at_the_end():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.bool)
+    logprobs, ref = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 0.0, 0.0]], requires_grad=True), torch.tensor([[-1.5, -1.0, -3.0], [-4.0, 9.0, 9.0]])
+    rewards = ppo.token_rewards(torch.tensor([0.5, 30.0]), logprobs, ref, mask, 0.1, 10.0)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.05, 0.1, 0.5], [10 - 0.3, 0, 0]]))
+    assert not rewards.requires_grad, "KL acts through the reward, not through its gradient"
+
+
+def test_whitening_counts_only_real_tokens():
+    _, mask, (x, *_) = random_batch()
+    y = ppo.whiten(x * 3 + 5 * mask, mask)
+    assert abs(y[mask].mean()) < 1e-9 and abs(y[mask].var(unbiased=False) - 1) < 1e-6 and (y[~mask] == 0).all()
+
+
+def test_the_losses_are_their_formulas():
+    _, mask, (logprobs, old, advantages, returns) = random_batch()
+    want, n = 0.0, int(mask.sum())
+    for l, o, a, m in zip(*(x.flatten().tolist() for x in (logprobs, old, advantages, mask))):
+        ratio = math.exp(l - o)
+        want += m * max(-a * ratio, -a * min(max(ratio, 0.8), 1.2)) / n
+    assert abs(ppo.actor_loss(logprobs, old, advantages, mask, 0.2).item() - want) < 1e-9
+    values, old_values, want = logprobs, old, 0.0
+    for v, o, r, m in zip(*(x.flatten().tolist() for x in (values, old_values, returns, mask))):
+        held = o + min(max(v - o, -0.2), 0.2)
+        want += m * 0.5 * max((v - r) ** 2, (held - r) ** 2) / n
+    assert abs(ppo.critic_loss(values, old_values, returns, mask, 0.2).item() - want) < 1e-9
+    x = old.clone().requires_grad_()
+    ppo.actor_loss(x, old, torch.zeros_like(old), mask, 0.2).backward()
+    assert (x.grad == 0).all(), "equal rewards, equal values: nothing to learn"
+
+
+def test_the_adaptive_kl_coefficient_moves_the_right_way():
+    assert ppo.adapt(0.1, 12.0, 6.0, 1000) == pytest.approx(0.1 * 1.02) and ppo.adapt(0.1, 3.0, 6.0, 1000) == pytest.approx(0.1 * 0.98)
+    assert ppo.adapt(0.1, 6.3, 6.0, 1000) == pytest.approx(0.1 * 1.005)
+
+
+def test_a_value_is_that_of_the_state_before_the_token():
+    critic = lambda tokens: torch.arange(tokens.size(1)).float().expand(tokens.shape)  # noqa: E731  answers with its position
+    got = ppo.answer_values(critic, torch.zeros(2, 9, dtype=torch.long), torch.tensor([3, 5]), torch.tensor([4, 1]))
+    assert got.tolist() == [[2, 3, 4, 5], [4, 0, 0, 0]], "the first token is chosen in the state of the prompt's last"
+
+
+def test_gradients_do_not_depend_on_how_a_batch_is_cut():
+    lm = model_of("llama").double()
+    policy, rows = utils.Policy(lm), ragged([9, 4, 21, 3])
+    prompt_lens = torch.tensor([5, 1, 20, 1])
+    old, advantages = torch.randn(4, 4, dtype=torch.float64) - 4, torch.randn(4, 4, dtype=torch.float64)
+
+    def gradient(parts):
+        lm.zero_grad()
+        n = sum(len(rows[i]) - prompt_lens[i] for part in parts for i in part)
+        for part in parts:
+            tokens, lens = data.pad([rows[i] for i in part])
+            answers = lens - prompt_lens[part]
+            logprobs, _ = policy(tokens, prompt_lens[part], answers)
+            A, mask = logprobs.size(1), torch.arange(logprobs.size(1)) < answers[:, None]
+            (ppo.actor_loss(logprobs.double(), old[part, :A], advantages[part, :A], mask, 0.2) * mask.sum() / n).backward()
+        return torch.cat([p.grad.flatten() for p in lm.parameters()])
+    whole = gradient([[0, 1, 2, 3]])
+    for parts in ([[0], [1], [2], [3]], [[0, 3], [1, 2]]):
+        torch.testing.assert_close(gradient(parts), whole, rtol=1e-4, atol=1e-7)
+
+
+# -----------------------------------------------------------------------------
+# the three steps, run
+
+
+STEPS = dict(held_out=0.2, batch_size=8, max_len=64)
+PPO_STEPS = dict(STEPS, iterations=3, minibatches=2, ppo_epochs=2, max_new_tokens=8)
+
+
+@pytest.fixture(scope="session")
+def chain(toy_file, tmp_path_factory):
+    """The three steps in this process, on 240 rows: {step: (folder, metrics)}."""
+    out = tmp_path_factory.mktemp("chain")
+    runs = {"sft": train(sft, out / "sft", data=toy_file, epochs=0.5, **STEPS)}
+    runs["reward"] = train(reward, out / "reward", model=str(out / "sft"), data=toy_file, epochs=0.5, **STEPS)
+    runs["ppo"] = train(ppo, out / "ppo", model=str(out / "sft"), reward_model=str(out / "reward"), data=toy_file, **PPO_STEPS)
+    return {step: (str(out / step), metrics) for step, metrics in runs.items()}
+
+
+def test_every_step_logs_finite_numbers_and_the_metrics_that_a_ppo_run_needs(chain):
+    for step, (folder, metrics) in chain.items():
+        assert all(math.isfinite(v) for row in metrics for v in row.values()), step
+        run = json.load(open(Path(folder) / "run.json"))
+        assert run["config"]["batch_size"] == 8 and run["versions"]["torch"] == torch.__version__
+    needed = ("score score_std score_clipped kl kl_k3 entropy ratio_mean ratio_max clip_frac value_clip_frac approx_kl explained_variance "
+              "advantage_mean advantage_std eos_rate length actor_grad_norm critic_grad_norm engine_gap_mean engine_gap_max tokens_per_s "
+              "memory_gib rollout_s score_s update_s")
+    assert set(needed.split()) <= set(chain["ppo"][1][1]), set(needed.split()) - set(chain["ppo"][1][1])
+    samples = [json.loads(line) for line in open(Path(chain["ppo"][0]) / "samples.jsonl")]
+    assert len(samples) == 3 * 8 and {"prompt", "answer", "score"} <= set(samples[0])
+    first = chain["ppo"][1][1]
+    assert abs(first["kl"]) < 1e-3 and first["engine_gap_max"] < 1e-4, "before the first update actor and reference are one, and so are engine and trainer"
+
+
+def test_each_folder_loads_with_transformers_alone_in_a_fresh_process(chain, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer\n"
+        "out = {}\nfor step in ('sft', 'reward', 'ppo'):\n"
+        "    auto = AutoModelForSequenceClassification if step == 'reward' else AutoModelForCausalLM\n"
+        "    folder = f'{sys.argv[1]}/{step}'\n    tok, model = AutoTokenizer.from_pretrained(folder), auto.from_pretrained(folder).eval()\n"
+        "    ids = tok(['Human: reverse apple\\nAssistant: elppa'], return_tensors='pt')['input_ids']\n"
+        "    out[step] = model(input_ids=ids).logits.detach()\nassert 'utils' not in sys.modules\ntorch.save(out, sys.argv[2])\n")
+    root = Path(chain["sft"][0]).parent
+    done = subprocess.run([sys.executable, str(probe), str(root), str(tmp_path / "out.pt")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.load(tmp_path / "out.pt")
+    tok = utils.load_tokenizer(chain["sft"][0])
+    ids = torch.tensor([tok("Human: reverse apple\nAssistant: elppa")["input_ids"]])
+    with torch.no_grad():
+        for step in ("sft", "ppo"):
+            assert torch.equal(utils.load_lm(chain[step][0], torch.float32).eval()(ids).logits, theirs[step]), step
+        rm = RewardModel.from_pretrained(chain["reward"][0])
+        ours = rm.score(ids, torch.tensor([ids.size(1)]))
+    config = rm.model.config
+    torch.testing.assert_close(ours, (theirs["reward"][:, 0] - config.score_offset) * config.score_scale)
+    assert config.score_offset != 0 and config.score_scale != 1
+
+
+def test_a_new_critic_is_the_reward_model_and_chosen_answers_score_zero_on_average(chain, toy_file, tok):
+    rows, _ = load_file(toy_file, tok, "reward")
+    a, b = (RewardModel.from_pretrained(chain["reward"][0]) for _ in range(2))
+    tokens, lens = data.pad([rows.prompt(i) + rows.answer(i, "chosen") for i in range(len(rows))])
+    with torch.no_grad():
+        scores = a.score(tokens, lens)
+        other = a.score(*data.pad([rows.prompt(i) + rows.answer(i, "rejected") for i in range(len(rows))]))
+        assert torch.equal(b.values(tokens).gather(1, lens[:, None] - 1)[:, 0], scores)
+    assert abs(scores.mean()) < 0.1 and abs(torch.cat([scores, other]).std() - 1) < 0.1, "0 for a chosen answer, variance 1 over all"
+
+
+def test_the_first_ratio_is_exactly_one_in_spite_of_dropout_in_the_config(chain, toy_file, tmp_path):
+    config = json.load(open(Path(chain["sft"][0]) / "config.json"))
+    for step in ("sft", "reward"):
+        subprocess.run(["cp", "-r", chain[step][0], str(tmp_path / step)], check=True)
+        path = tmp_path / step / "config.json"
+        path.write_text(json.dumps({**json.load(open(path)), "attention_dropout": 0.1}))
+    assert config["attention_dropout"] == 0.0
+    flags = dict(PPO_STEPS, iterations=2, ppo_epochs=1, actor_lr=0.0, temperature=0.7, micro_batch=3)
+    metrics = train(ppo, tmp_path / "ppo", model=str(tmp_path / "sft"), reward_model=str(tmp_path / "reward"), data=toy_file, **flags)
+    for row in metrics[1:]:
+        assert row["ratio_max"] == 1 and row["ratio_mean"] == 1 and row["clip_frac"] == 0 and row["approx_kl"] == 0, "fp32: exactly, at any temperature"
+        assert abs(row["kl"]) < 1e-5, "the reference has the temperature in it too"
+
+
+def test_one_update_an_iteration_needs_no_old_pass_and_the_engines_logprobs_can_stand_in(chain, toy_file, tmp_path):
+    flags = dict(PPO_STEPS, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file)
+    one = train(ppo, tmp_path / "a", **{**flags, "ppo_epochs": 1, "minibatches": 1})
+    assert all(row["ratio_max"] == 1 and row["engine_gap_max"] < 1e-4 for row in one[1:])
+    trainer, engine = (train(ppo, tmp_path / "b", **flags, old_logprobs=who) for who in ("trainer", "engine"))
+    for a, b in zip(trainer, engine):
+        assert a.get("score", 0) == pytest.approx(b.get("score", 0), abs=1e-4) and a.get("actor_loss", 0) == pytest.approx(b.get("actor_loss", 0), abs=1e-4)
+    assert all(row.get("engine_gap_max", 0) == 0 for row in engine), "where the engine's are the old ones there is no gap"
+
+
+def test_an_unfinished_answer_loses_exactly_the_penalty(chain, toy_file, tmp_path):
+    flags = dict(PPO_STEPS, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file, iterations=1, max_new_tokens=1)
+    scores = {}
+    for penalty in (0.0, 2.5):
+        train(ppo, tmp_path / "p", **flags, eos_penalty=penalty)
+        scores[penalty] = [json.loads(line) for line in open(tmp_path / "p" / "samples.jsonl")]
+    assert any(not s["eos"] for s in scores[0.0])
+    for a, b in zip(scores[0.0], scores[2.5]):
+        assert a["score"] - b["score"] == pytest.approx(0 if a["eos"] else 2.5, abs=1e-3)
+
+
+def _steps_on_ranks(toy_file, out, stages, world_tag):
+    """Losses of every step of the three scripts, for each ZeRO stage."""
+    results = {}
+    for zero in stages:
+        root = Path(out) / f"{world_tag}-{zero}"
+        common = dict(STEPS, zero=zero, micro_batch=2, data=toy_file, split="")
+        a = train(sft, root / "sft", epochs=0.15, **common)
+        b = train(reward, root / "reward", model=str(root / "sft"), epochs=0.15, **common)
+        c = train(ppo, root / "ppo", model=str(root / "sft"), reward_model=str(root / "reward"), **{**PPO_STEPS, **common})
+        results[zero] = [[r["loss"] for r in a], [r["loss"] for r in b], [[r["actor_loss"], r["critic_loss"], r["score"], r["kl"]] for r in c[1:]],
+                         [r["grad_norm"] for r in a], [r["actor_grad_norm"] for r in c[1:]]]
+    return results
+
+
+def test_two_ranks_and_every_zero_stage_take_the_steps_of_one_process(toy_file, tmp_path):
+    one = _steps_on_ranks(toy_file, str(tmp_path), (0,), "one")[0]
+    two, same = ranks(2, _steps_on_ranks, toy_file, str(tmp_path), (0, 1, 2, 3), "two")
+    for zero, results in two.items():
+        for name, got, want in zip(("sft", "reward", "ppo", "sft gradient", "ppo gradient"), results, one):
+            np.testing.assert_allclose(np.array(got), np.array(want), rtol=2e-3, atol=2e-4, err_msg=f"{name}, ZeRO {zero}, two ranks")
+
+
+# -----------------------------------------------------------------------------
+# the engine
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_output_is_that_of_transformers_generate_token_for_token(kind):
+    lm, lengths = model_of(kind), (1, 3, 3, 17, 40, 90, 200)
+    prompts = ragged(lengths)
+    likely = rows_of(HybridEngine(lm).generate(prompts, 24, temperature=0))[2][lengths[2] + 4]  # so that some answers end early
+    out = HybridEngine(lm, max_batch=4).generate(prompts, 24, temperature=0, eos_token_id=likely)
+    assert len(set(out.answer_lens.tolist())) > 1, "answers end at different places"
+    for i, (p, mine) in enumerate(zip(prompts, rows_of(out))):
+        theirs = lm.generate(torch.tensor([p]), max_new_tokens=24, do_sample=False, eos_token_id=likely, pad_token_id=0)[0].tolist()
+        assert mine == theirs, f"{kind}, prompt of {len(p)} tokens"
+        gap = (plain_logprobs(lm, mine, len(p)) - out.logprobs[i, : len(mine) - len(p)]).abs().max()
+        assert gap < 1e-4, f"{kind}: log-probabilities are off by {gap:.1e}"
+
+
+@shared
+def test_greedy_output_is_that_of_transformers_on_real_weights():
+    tok, lm = utils.load_tokenizer(STORIES), utils.load_lm(STORIES, torch.float32).eval()
+    prompts = tok(["Once upon a time", "Lily and Tom went to the park. They saw a big", "The"])["input_ids"]
+    out = HybridEngine(lm).generate(prompts, 120, temperature=0, eos_token_id=tok.eos_token_id)
+    for p, mine in zip(prompts, rows_of(out)):
+        assert mine == lm.generate(torch.tensor([p]), max_new_tokens=120, do_sample=False, pad_token_id=0)[0].tolist()
+    assert "Once upon a time, there was" in tok.decode(rows_of(out)[0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_engine_follows_every_optimizer_step_and_never_changes_a_weight(kind, lora):
+    lm = model_of(kind)
+    if lora:
+        utils.add_lora(lm, 4, 8)
+    params = [p for p in lm.parameters() if p.requires_grad]
+    optimizer, engine, prompts = torch.optim.AdamW(params, lr=0.02), HybridEngine(lm), ragged((3, 9, 5))
+    before = None
+    for _ in range(5):
+        optimizer.zero_grad()
+        lm(torch.tensor([prompts[1]]), labels=torch.tensor([prompts[1]])).loss.backward()
+        optimizer.step()
+        weights = [p.clone() for p in lm.parameters()]
+        mine = rows_of(engine.generate(prompts, 12, temperature=0))
+        assert mine == [lm.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist() for p in prompts]
+        assert all(torch.equal(a, b) for a, b in zip(weights, lm.parameters())), "no weight changes by one bit"
+        assert mine != before, "the steps were large enough to be seen"
+        before = mine
+    if lora:
+        base = model_of(kind)
+        with utils.adapters_off(), torch.no_grad():
+            ids = torch.tensor([prompts[1]])
+            assert torch.equal(lm(ids).logits, base(ids).logits), "with its adapters off the model is its base, bit for bit"
+
+
+def test_a_hundred_rollouts_leave_the_weights_and_a_release_leaves_the_memory_as_it_was():
+    import gc
+    lm = model_of("llama")
+    weights = [p.clone() for p in lm.parameters()]
+    def held():
+        gc.collect()
+        return sum(x.numel() * x.element_size() for x in gc.get_objects() if type(x) is torch.Tensor)
+    before, engine = held(), HybridEngine(lm)
+    for seed in range(100):
+        engine.generate(ragged((3, 5)), 4, seed=seed)
+    assert held() > before + engine.k.numel() * 4
+    engine.release()
+    assert held() <= before + 4096, "release gives everything back but a few indices"
+    assert all(torch.equal(a, b) for a, b in zip(weights, lm.parameters()))
+
+
+def test_a_row_keeps_its_tokens_however_rows_are_batched():
+    lm, prompts = model_of("llama"), ragged([1 + i % 13 for i in range(40)])
+    def sampled(engine, rows=range(40)):
+        out = engine.generate([prompts[i] for i in rows], 20, eos_token_id=[7, 8, 9], seed=[100 + i for i in rows], temperature=1.3)
+        return dict(zip(rows, rows_of(out))), out
+    whole, out = sampled(HybridEngine(lm))
+    assert len(set(out.answer_lens.tolist())) > 3 and all(r[-1] in (7, 8, 9) for r, a in zip(rows_of(out), out.answer_lens) if a < 20)
+    small, out_small = sampled(HybridEngine(lm, max_batch=4))
+    assert small == whole, "a rollout ten times larger than the arena"
+    torch.testing.assert_close(out_small.logprobs, out.logprobs, rtol=1e-4, atol=1e-5)
+    slot = 2 * 3 * 2 * 64 * 16 * 4  # K and V, layers, key heads, capacity, head size, bytes
+    assert sampled(HybridEngine(lm, kv_gib=4.5 * slot / 2**30, max_len=64))[0] == whole, "an arena of four rows by memory"
+    some = [31, 2, 17]
+    assert sampled(HybridEngine(lm), some)[0] == {i: whole[i] for i in some}, "three of the rows, in another order"
+    again = [HybridEngine(lm).generate(prompts, 8, seed=s).tokens for s in (5, 5, 6)]
+    assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
+
+
+def test_answers_to_one_prompt_share_its_prefill_and_differ():
+    lm, (prompt,) = model_of("qwen3"), ragged([30])
+    engine = HybridEngine(lm)
+    out = engine.generate([prompt] * 8 + ragged([5]), 10, seed=3)
+    assert engine.stats["prefill_tokens"] == 35, "30 tokens once, and the other 5"
+    assert len({tuple(r) for r in rows_of(out)[:8]}) > 4
+    for i, row in enumerate(rows_of(out)):
+        torch.testing.assert_close(plain_logprobs(lm, row, int(out.prompt_lens[i])), out.logprobs[i].double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.7), (0.8, 6, 0.8)])
+def test_samples_have_the_frequencies_of_the_distribution(temperature, top_k, top_p):
+    n, V = 100_000, 12
+    logits = torch.randn(V, generator=torch.Generator().manual_seed(4)) * 1.5
+    u = kernels.uniform(torch.arange(n), torch.full((n,), 17))
+    tokens, logprobs = kernels.sample(logits.expand(n, V), u, temperature, top_k, top_p)
+    p, order = (logits.double() / temperature).softmax(-1), logits.argsort(descending=True)  # the naive version keeps tokens one by one
+    kept, mass = [], 0.0
+    for i, t in enumerate(order.tolist()):
+        renormalised = p[order[: top_k or V]].sum()
+        if (top_k and i >= top_k) or mass >= top_p:
+            break
+        kept.append(t)
+        mass += (p[t] / renormalised).item()
+    want = torch.zeros(V, dtype=torch.float64)
+    want[kept] = p[kept] / p[kept].sum()
+    counts = tokens.bincount(minlength=V).double()
+    assert counts[want == 0].sum() == 0, "only kept tokens are drawn"
+    chi2 = ((counts - n * want) ** 2 / (n * want))[want > 0].sum().item()
+    k = len(kept) - 1
+    assert chi2 < k + 4 * math.sqrt(2 * k), f"chi-square {chi2:.1f} with {k} degrees of freedom"
+    torch.testing.assert_close(logprobs.double(), want.log()[tokens], rtol=1e-5, atol=1e-5)
+    if temperature == 1.7:
+        assert abs(u.mean() - 0.5) < 0.005 and abs(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1]) < 0.02
+
+
+def test_logprobs_of_sampled_tokens_are_those_of_the_tempered_policy():
+    lm, prompts = model_of("opt"), ragged((4, 8))
+    out = HybridEngine(lm).generate(prompts, 10, temperature=0.7, seed=1)
+    for i, row in enumerate(rows_of(out)):
+        torch.testing.assert_close(plain_logprobs(lm, row, len(prompts[i]), 0.7), out.logprobs[i].double(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_engine_cannot_do_it_says_before_it_starts(tmp_path):
+    from transformers import AutoModelForCausalLM, FalconConfig
+    falcon = AutoModelForCausalLM.from_config(FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(utils.UserError, match="'falcon'.*--engine hf"):
+        HybridEngine(falcon)
+    lm = model_of("llama")
+    for message, call in {
+        "prompt 1 has 500 tokens; with 20 new ones that is more than the model's context of 512": lambda: HybridEngine(lm).generate(ragged((3, 500)), 20),
+        "more than max_len of 32": lambda: HybridEngine(lm, max_len=32).generate(ragged((3, 20)), 20),
+        "one row of 32 tokens needs": lambda: HybridEngine(lm, kv_gib=1e-6).generate(ragged((3,)), 20),
+        "prompt 1 is empty": lambda: HybridEngine(lm).generate([[3], []], 20),
+        "there is no prompt": lambda: HybridEngine(lm).generate([], 20),
+        "outside the vocabulary of 97": lambda: HybridEngine(lm).generate([[97]], 20),
+        "top_p 0.0 must be in": lambda: HybridEngine(lm).generate([[3]], 20, top_p=0.0),
+        "max_new_tokens is 0": lambda: HybridEngine(lm).generate([[3]], 0),
+    }.items():
+        with pytest.raises(utils.UserError, match=message):
+            call()
+    dynamic = model_of("llama", rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))
+    with pytest.raises(utils.UserError, match="rope scaling 'dynamic'"):
+        HybridEngine(dynamic)
+
+
+def test_the_slow_path_has_the_same_interface_and_the_same_greedy_tokens():
+    lm, prompts = model_of("gpt2"), ragged((4, 11, 1))
+    out, slow = (make_engine(name, lm).generate(prompts, 12, temperature=0, eos_token_id=[7, 20]) for name in ("hybrid", "hf"))
+    assert rows_of(out) == rows_of(slow)
+    assert torch.equal(out.prompt_lens, slow.prompt_lens) and torch.equal(out.answer_lens, slow.answer_lens)
+    torch.testing.assert_close(out.logprobs, slow.logprobs, rtol=1e-4, atol=1e-4)
+    a, b = (HFEngine(lm).generate(prompts, 12, temperature=0.7, seed=4) for _ in range(2))
+    assert torch.equal(a.tokens, b.tokens)
+    for i, row in enumerate(rows_of(a)):
+        torch.testing.assert_close(plain_logprobs(lm, row, len(prompts[i]), 0.7), a.logprobs[i].double(), rtol=1e-3, atol=1e-3)
+
+
+def _engine_on_ranks(kinds, stages):
+    """On two ranks: greedy tokens under each ZeRO stage, LoRA on and off, for each family under tensor parallelism; collectives counted."""
+    rank, world, device = utils.boot(1)
+    import deepspeed
+    out, counted = {}, []
+    for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "broadcast", "reduce_scatter_tensor"):
+        real = getattr(torch.distributed, name)
+        setattr(torch.distributed, name, lambda *a, _real=real, _name=name, **k: (counted.append(_name), _real(*a, **k))[1])
+    prompts = ragged((3, 30, 9, 1))
+    for kind in kinds:
+        for sampled in (False, True):
+            engine = HybridEngine(model_of(kind), tp=2)
+            got = engine.generate(prompts[rank::2], 12, temperature=float(sampled), seed=[10 + i for i in range(rank, 4, 2)])
+            out[kind, "tp", sampled] = rows_of(got), got.logprobs
+    counted.clear()
+    engine.generate(prompts[:1], 6, temperature=0)
+    out["collectives"] = counted.count("all_reduce"), 6 * 2 * engine.L  # a step is a prefill or a decode
+    for stage in stages:
+        for lora in (False, True):
+            lm = model_of("llama")
+            if lora:
+                torch.manual_seed(7)
+                utils.add_lora(lm, 4, 8)
+                for n, p in lm.named_parameters():
+                    if "lora_B" in n:
+                        p.data.normal_(std=0.1)
+            cfg = sft.Config(zero=stage, dtype="fp32")
+            ds = utils.train_engine(utils.Policy(lm), 1e-2, 2, 1, cfg)
+            engine = HybridEngine(ds)
+            for step in range(2):
+                got = engine.generate(prompts, 12, temperature=0)
+                out[stage, lora, step] = rows_of(got)
+                engine.release()
+                tokens, lens = data.pad([p + [9] for p in prompts])
+                logprobs, _ = ds(tokens, torch.tensor([1] * 4), torch.tensor([2, 29, 8, 1]))
+                ds.backward(-logprobs.sum() / 40)
+                utils.step(ds)
+            if stage == 3 and not lora:  # rank 0 ends at once, rank 1 never
+                counted.clear()
+                first = HybridEngine(ds).generate(prompts[:1], 1, temperature=0).tokens[0, -1].item()
+                gathers = len(counted)
+                counted.clear()
+                got = HybridEngine(ds).generate(prompts[:1], 40, temperature=0, eos_token_id=first if rank == 0 else None)
+                out["uneven"] = got.answer_lens.tolist(), len(counted), gathers
+            deepspeed.comm.barrier()
+    return out
+
+
+def test_tensor_parallel_ranks_and_zero_shards_give_the_tokens_of_one_process():
+    kinds = ("llama", "qwen3", "opt", "opt-350m", "gpt2", "gpt_neox", "bloom")
+    prompts, results = ragged((3, 30, 9, 1)), ranks(2, _engine_on_ranks, kinds, (0, 2, 3))
+    for kind in kinds:
+        for sampled in (False, True):
+            want = HybridEngine(model_of(kind)).generate(prompts, 12, temperature=float(sampled), seed=[10, 11, 12, 13])
+            for rank in (0, 1):
+                rows, logprobs = results[rank][kind, "tp", sampled]
+                assert rows == rows_of(want)[rank::2], f"{kind}, tp=2, rank {rank}"
+                torch.testing.assert_close(logprobs, want.logprobs[rank::2], rtol=1e-4, atol=1e-4)
+    for r in results:
+        assert r["collectives"][0] == r["collectives"][1], "two collectives a layer and a step, and no other"
+        for lora in (False, True):
+            for step in (0, 1):
+                assert r[0, lora, step] == r[2, lora, step] == r[3, lora, step], f"ZeRO 0, 2 and 3, LoRA {lora}, step {step}"
+            assert r[0, lora, 0] != r[0, lora, 1]
+        assert r["uneven"][1] == r["uneven"][2], "a longer decode makes no further collective: the shards are gathered once a rollout"
+    assert results[0][0, False, 0] == rows_of(HybridEngine(model_of("llama")).generate(prompts, 12, temperature=0))
+    assert results[0]["uneven"][0] == [1] and results[1]["uneven"][0] == [40]
+
+
+def test_tensor_parallelism_that_does_not_divide_is_refused():
+    with pytest.raises(utils.UserError, match="tp=3 does not divide the . (ranks|attention heads)"):
+        HybridEngine(model_of("llama"), tp=3)
+
+
+# -----------------------------------------------------------------------------
+# users' mistakes, and talking to the result
+
+
+def test_mistakes_get_one_sentence(chain, toy_file, tmp_path):
+    import shutil
+    shutil.copytree(chain["sft"][0], tmp_path / "mute")
+    for f in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "mute" / f).unlink()
+    shutil.copytree(chain["reward"][0], tmp_path / "other")
+    tok = json.load(open(tmp_path / "other" / "tokenizer.json"))
+    tok["model"]["vocab"]["Ā"], tok["model"]["vocab"]["ā"] = tok["model"]["vocab"]["ā"], tok["model"]["vocab"]["Ā"]
+    json.dump(tok, open(tmp_path / "other" / "tokenizer.json", "w"))
+    flags = dict(PPO_STEPS, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file, out=str(tmp_path / "x"))
+    for message, call in {
+        "this model folder has no tokenizer": lambda: ppo.main(ppo.Config(**{**flags, "model": str(tmp_path / "mute")})),
+        "has another tokenizer than": lambda: ppo.main(ppo.Config(**{**flags, "reward_model": str(tmp_path / "other")})),
+        "no such model folder": lambda: ppo.main(ppo.Config(**{**flags, "model": "out/nothing/here"})),
+        "is not a reward model": lambda: ppo.main(ppo.Config(**{**flags, "reward_model": chain["sft"][0]})),
+        "leaves no room for a prompt in the models' context of 512": lambda: ppo.main(ppo.Config(**{**flags, "max_new_tokens": 600, "max_len": 700})),
+        "the data has only .* rows for this step": lambda: sft.main(sft.Config(data=toy_file, held_out=0.97, batch_size=64, out=str(tmp_path / "x"))),
+        "is not divided by the 3 ranks": lambda: utils.micro_batches(8, 0, 3),
+        "has no {prompt} in it": lambda: data.check_template("Human:"),
+        "--temperature 0": lambda: ppo.Config(temperature=0),
+        "is set by --batch-size": lambda: utils.read_ds_config(write_rows(tmp_path / "ds.json", [{"train_batch_size": 3}])),
+    }.items():
+        with pytest.raises(utils.UserError, match=message):
+            call()
+
+
+def test_a_mistake_on_the_command_line_prints_no_traceback():
+    code, said = command("reward.py", "--model", "out/nothing/here")
+    assert code == 2 and said.strip() == "error: out/nothing/here: no such model folder; train one first, or name another", said
+
+
+def test_chat_answers_once_or_in_turns_and_forgets_what_no_longer_fits(chain):
+    code, said = command("chat.py", "--model", chain["sft"][0], "--prompt", "copy abc", "--max-new-tokens", "5", "--seed", "3")
+    assert code == 0 and "Traceback" not in said, said
+    code, said = command("chat.py", "--model", chain["sft"][0], "--max-new-tokens", "5",
+                         typed="copy abc\n" + "reverse " + "abcdefgh" * 30 + "\nsort " + "zyx" * 60 + "\n\n")
+    assert code == 0 and said.count("Assistant:") == 3 and "forgotten" in said, said
+    code, said = command("chat.py", "--model", chain["sft"][0], "--prompt", "a" * 600)
+    assert code == 2 and re.match(r"error: a prompt of \d+ tokens .* context of 512", said.strip().splitlines()[-1]), said
