@@ -3,6 +3,7 @@
     python bench.py generate                                   # engine and transformers.generate, at fixed and at ragged lengths
     python bench.py generate --model opt-1.3b --batch 128 --prompt-len 256 --new-tokens 256
     python bench.py ppo                                        # a whole iteration of step 3, by phase, with either engine
+    python bench.py memory                                     # peak memory of a training step with 128k words, with and without (B, T, V) logits
 
 Both sides run in one process, turn by turn; a row is the median of --repeats turns, a ratio is the median of their ratios. Everything
 is also written to results/DEVICE-WHAT.json, with the versions and the commit.
@@ -10,6 +11,7 @@ is also written to results/DEVICE-WHAT.json, with the versions and the commit.
 import dataclasses
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -119,8 +121,7 @@ def ppo(cfg):
             save_model(lm, tiny_tokenizer(), f"{folder}/sft")
             save_model(reward.RewardModel.from_lm(f"{folder}/sft", torch.float32).model, tiny_tokenizer(), f"{folder}/reward")
             times = {"hybrid": [], "hf": []}
-            prompts = [{"prompt": "x" * (cfg.prompt_len - 18)} for _ in range(1)]
-            rng = __import__("random").Random(cfg.seed)
+            rng = random.Random(cfg.seed)
             prompts = [{"prompt": "".join(rng.choice("abcdefgh") for _ in range(cfg.prompt_len - 18))} for _ in range(20 * cfg.batch)]
             Path(f"{folder}/prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
             for engine in ("hybrid", "hf", "hybrid", "hf"):
@@ -139,7 +140,44 @@ def ppo(cfg):
     return rows
 
 
-TASKS = {"generate": generate, "ppo": ppo}
+def loss_and_gradients(chunked):
+    """The output layer of a training step: 2,048 tokens, width 256, 128,256 words. Returns loss, gradients, and most bytes held beyond the start."""
+    import resource
+    import kernels
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2048, 256, device=device()) * 0.1, torch.randn(128_256, 256, device=device()) * 0.1
+    targets = torch.randint(128_256, (2048,), device=device())
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    w.grad, h.grad = torch.zeros_like(w), torch.zeros_like(h)
+    cuda = torch.cuda.is_available()
+    start = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    clock = utils.Clock()
+    if chunked:
+        logprobs, _ = kernels.token_logprobs(h, w, targets)
+    else:
+        logprobs = (h @ w.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    loss = -logprobs.mean()
+    loss.backward()
+    seconds = clock.lap()
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return loss.item(), h.grad.cpu(), w.grad.cpu(), peak - start, seconds
+
+
+def memory(cfg):
+    """Each in a process of its own: the most memory a process has held cannot be reset."""
+    context, rows, results = torch.multiprocessing.get_context("spawn"), [], {}
+    for name, chunked in (("plain logits", False), ("chunked", True)):
+        with context.Pool(1) as pool:
+            results[name] = pool.apply(loss_and_gradients, (chunked,))
+    for name, (loss, d_hidden, d_weight, peak, seconds) in results.items():
+        plain = results["plain logits"]
+        off = max(((a - b).norm() / b.norm()).item() for a, b in ((d_hidden, plain[1]), (d_weight, plain[2])))
+        rows.append({"how": name, "loss": loss, "peak_mib": peak / 2**20, "seconds": seconds, "gradients_off": off})
+        print(f"{name:<14} loss {loss:.6f}   peak {peak / 2**20:>7,.0f} MiB   {seconds:.2f} s   gradients off by {off:.1e}")
+    return rows
+
+
+TASKS = {"generate": generate, "ppo": ppo, "memory": memory}
 
 
 def main(cfg, task):

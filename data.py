@@ -73,7 +73,7 @@ def toy(words=4000, wrong=0.35):
     right and rejected wrong. The same rows on every machine."""
     rng = random.Random(0)
     for _ in range(words):
-        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))[: rng.randint(3, 5)]
+        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2))[: rng.randint(3, 4)]
         for name, skill in SKILLS.items():
             right = skill(word)
             response = miss(rng, skill, word) if rng.random() < wrong else right

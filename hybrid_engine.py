@@ -21,7 +21,6 @@ family that is not there raises; `--engine hf` is the slow path through `transfo
 Dimension key:  N packed tokens, B live rows, S slots, C capacity of a slot in tokens, L layers, H heads, K key/value heads,
                 D head size, E width, V vocabulary, A longest answer.
 """
-import contextlib
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import kernels
-from utils import UserError, print0
+from utils import UserError, gathered, print0
 
 PREFILL_TOKENS = 16384  # at most so many packed tokens at once: bounds the memory that activations take
 LOOK = 8                # on a GPU the host looks at the done flags every so many steps
@@ -147,15 +146,6 @@ def get(module, path):
     for name in filter(None, path.split(".")):
         module = getattr(module, name, None)
     return module
-
-
-def gathered(*modules):
-    """Within: the whole parameters of these modules, where ZeRO-3 keeps only a shard of each."""
-    params = list(dict.fromkeys(p for m in modules for p in m.parameters() if hasattr(p, "ds_id")))  # tied ones once
-    if not params:
-        return contextlib.nullcontext()
-    import deepspeed
-    return deepspeed.zero.GatheredParameters(params)
 
 
 def row_keys(seed, n):
@@ -276,7 +266,7 @@ class HybridEngine:
             windows = [c.sliding_window if k == "sliding_attention" else 0 for k in kinds]
         self.weights = []
         for layer, window in zip(get(root, f.layers), windows):
-            with gathered(layer):
+            with gathered(*layer.parameters()):
                 qkv = [self._linear(p, layer, "heads") for p in f.qkv]
                 self.weights.append(Layer(
                     self._norm(f.norm1, layer), qkv, self._linear(f.out, layer, "rows"), self._norm(f.norm2, layer),
@@ -284,7 +274,7 @@ class HybridEngine:
                     self._linear(f.gate, layer, "columns") if f.gate else None, [self._norm(p, layer) for p in f.qk_norms], window))
         head = self.module.get_output_embeddings()
         rest = [get(root, p) for p in (f.embed, f.embed_positions, f.final_norm, f.embed_norm, *f.project) if p]
-        with gathered(head, *(m for m in rest if m is not None)):
+        with gathered(*(p for m in (head, *rest) if m is not None for p in m.parameters())):
             self.embed = self._take(get(root, f.embed).weight.data)                           # (V, E)
             self.embed_positions = self._take(get(root, f.embed_positions).weight.data) if f.embed_positions else None
             self.final_norm = self._norm(f.final_norm, root)

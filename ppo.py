@@ -42,12 +42,12 @@ class Config:
     temperature: float = 1.0           # of sampling; every log-probability has it in it
     iterations: int = 40               # rollouts
     batch_size: int = 128              # prompts of one rollout, on all ranks together
-    ppo_epochs: int = 2                # passes over each rollout
-    minibatches: int = 2               # optimizer steps of one pass
+    ppo_epochs: int = 4                # passes over each rollout
+    minibatches: int = 1               # optimizer steps of one pass
     micro_batch: int = 0               # rows a rank takes at once; 0: its whole share
     actor_lr: float = 3e-4             # peak learning rate of the actor; take about 1e-6 for a pretrained model
     critic_lr: float = 1e-3            # peak learning rate of the critic; take about 5e-6 for a pretrained model
-    kl_coef: float = 0.05              # reward a token loses for each nat that its log-probability lies above the reference's
+    kl_coef: float = 0.1               # reward a token loses for each nat that its log-probability lies above the reference's
     kl_target: float = 0.0             # adapt kl_coef towards this KL, in nats an answer (Ziegler et al. 2019); 0: leave it fixed
     stop_kl: float = 0.1               # stop the epochs on a rollout once a step moved the policy so far, in nats a token; 0: never
     clip: float = 0.2                  # how far a ratio may leave 1 before its gradient is cut
@@ -59,6 +59,7 @@ class Config:
     engine: Literal["hybrid", "hf"] = "hybrid"  # what samples: ours, or transformers.generate (any model, slower)
     tp: int = 1                        # ranks that share one copy of the model while they generate
     old_logprobs: Literal["trainer", "engine"] = "trainer"  # whose log-probabilities the ratio starts from; the engine's save a forward pass
+    lora: int = 0                      # rank of LoRA adapters beside the linear layers, which alone are trained; 0: train all weights
     seed: int = 1                      # of initial weights, of the order of rows and of sampling
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
     zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
@@ -213,7 +214,9 @@ def main(cfg):
                               "policy writes; train it from the same model")
     eos, template = tokenizer.eos_token_id, data.check_template(cfg.template)
     actor = utils.Policy(utils.load_lm(cfg.model, dtype))
-    ref = utils.frozen_engine(utils.Policy(utils.load_lm(cfg.model, dtype)), device, cfg)
+    if cfg.lora:
+        utils.add_lora(actor.lm, cfg.lora)  # the reference is then the actor with its adapters off: it costs no memory
+    ref = None if cfg.lora else utils.frozen_engine(utils.Policy(utils.load_lm(cfg.model, dtype)), device, cfg)
     critic = RewardModel.from_pretrained(cfg.reward_model, dtype)
     reward_model = utils.frozen_engine(RewardModel.from_pretrained(cfg.reward_model, dtype), device, cfg)
     context = min(utils.context_length(m.config) for m in (actor.lm, critic.model))
@@ -235,9 +238,13 @@ def main(cfg):
     utils.print0(f"step 3: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.ppo_epochs} epochs x {cfg.minibatches} steps of "
                  f"{step_size} rows = {world} ranks x {accumulate} x {micro}")
     columns = {"score": "7.3f", "gold": "6.3f", "kl": "6.3f", "entropy": "7.3f", "length": "6.1f", "eos_rate": "6.3f", "clip_frac": "6.3f",
-               "explained_variance": "6.3f", "rollout_s": "6.2f", "score_s": "6.2f", "update_s": "6.2f"}
+               "explained_variance": "6.3f", "rollout_s": "6.2f", "tokens_per_s": "6.0f", "score_s": "6.2f", "update_s": "6.2f"}
     log = utils.Log(cfg, cfg.iterations, {k: f for k, f in columns.items() if gold or k != "gold"})
     samples = open(log.out / "samples.jsonl", "w") if rank == 0 else None
+    def ref_logprobs(*x):
+        with utils.adapters_off():
+            return (ref or actor)(*x, cfg.temperature)[0]
+    score = lambda tokens, p, a: at_end(reward_model(tokens), p + a)  # noqa: E731
     one_pass = cfg.ppo_epochs * cfg.minibatches == 1  # the policy that sampled is the one that is updated: no old pass is needed
     kl_coef, clock = cfg.kl_coef, utils.Clock()
 
@@ -246,8 +253,7 @@ def main(cfg):
         n = min(len(held_out), EVAL_ROWS)
         rows = np.resize(np.arange(n), n + -n % world)                                        # some twice, so that ranks get equally many
         batch = rollout(engine, [held_out.prompt(i) for i in rows], cfg, eos, [2**31 + i for i in rows.tolist()], rank, world)
-        seen = ask(batch, [np.arange(len(rows))], max(micro, 32), rank, world, ref_logprobs=lambda *x: ref(*x, cfg.temperature)[0],
-                   scores=lambda t, p, a: at_end(reward_model(t), p + a))
+        seen = ask(batch, [np.arange(len(rows))], max(micro, 32), rank, world, ref_logprobs=ref_logprobs, scores=score)
         scores, kl = seen["scores"][:n], ((batch.logprobs - seen["ref_logprobs"]) * batch.mask).sum(1)[:n]
         out = {"eval_score": scores.mean().item(), "eval_score_se": scores.std().item() / n**0.5, "eval_kl": kl.mean().item()}
         if gold:
@@ -271,8 +277,7 @@ def main(cfg):
 
         # ---- score: what the four models say of the answers ----
         first_epoch = np.split(np.arange(cfg.batch_size), cfg.minibatches)
-        questions = {"ref_logprobs": lambda *x: ref(*x, cfg.temperature)[0], "values": lambda *x: answer_values(critic, *x),
-                     "scores": lambda t, p, a: at_end(reward_model(t), p + a)}
+        questions = {"ref_logprobs": ref_logprobs, "scores": score, "values": lambda *x: answer_values(critic, *x)}
         if cfg.old_logprobs == "trainer" and not one_pass:
             questions["logprobs"] = lambda *x: actor(*x, cfg.temperature)[0]
         seen = ask(batch, first_epoch, micro, rank, world, **questions)

@@ -39,7 +39,8 @@ class Config:
     epochs: float = 1.5                # passes over the data; InstructGPT takes one, as more overfits where pairs are few
     batch_size: int = 32               # pairs of one optimizer step, on all ranks together
     micro_batch: int = 0               # pairs a rank takes at once; 0: its whole share
-    lr: float = 5e-4                   # peak learning rate; take about 1e-5 for a pretrained model
+    lr: float = 2.5e-4                 # peak learning rate; take about 1e-5 for a pretrained model
+    lora: int = 0                      # rank of LoRA adapters beside the linear layers, which alone are trained; 0: train all weights
     seed: int = 1                      # of initial weights and of the order of rows
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
     zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
@@ -131,6 +132,8 @@ def main(cfg):
     tokenizer = utils.load_tokenizer(cfg.model)
     template = data.check_template(cfg.template)
     model = RewardModel.from_lm(cfg.model, utils.precision(cfg.dtype))
+    if cfg.lora:
+        utils.add_lora(model.model, cfg.lora)
     max_len = min(cfg.max_len, utils.context_length(model.model.config))
     train, held_out = data.load(cfg.data, "reward", cfg.split, cfg.held_out, template, tokenizer, max_len)
     lengths = train.lengths("chosen", "rejected")

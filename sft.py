@@ -33,6 +33,7 @@ class Config:
     batch_size: int = 32               # rows of one optimizer step, on all ranks together
     micro_batch: int = 0               # rows a rank takes at once; 0: its whole share
     lr: float = 1e-3                   # peak learning rate; take about 1e-5 for a pretrained model
+    lora: int = 0                      # rank of LoRA adapters beside the linear layers, which alone are trained; 0: train all weights
     seed: int = 1                      # of initial weights and of the order of rows
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
     zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
@@ -68,6 +69,8 @@ def main(cfg):
     tokenizer = utils.load_tokenizer(cfg.model)
     template = data.check_template(cfg.template)
     policy = utils.Policy(utils.load_lm(cfg.model, utils.precision(cfg.dtype)))
+    if cfg.lora:
+        utils.add_lora(policy.lm, cfg.lora)
     max_len = min(cfg.max_len, utils.context_length(policy.lm.config))
     train, held_out = data.load(cfg.data, "sft", cfg.split, cfg.held_out, template, tokenizer, max_len)
     lengths = train.lengths("response")

@@ -656,6 +656,27 @@ def test_an_unfinished_answer_loses_exactly_the_penalty(chain, toy_file, tmp_pat
         assert a["score"] - b["score"] == pytest.approx(0 if a["eos"] else 2.5, abs=1e-3)
 
 
+def test_with_lora_the_reference_is_the_actors_base_and_the_output_is_a_plain_merged_model(chain, toy_file, tmp_path):
+    flags = dict(PPO_STEPS, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file)
+    metrics = train(ppo, tmp_path / "ppo", **flags, lora=4, actor_lr=0.02)
+    assert abs(metrics[1]["kl"]) < 1e-3 < metrics[-1]["kl"], "at first the adapters do nothing"
+    train(sft, tmp_path / "sft", model=chain["sft"][0], data=toy_file, epochs=0.2, lora=2, **STEPS)
+    train(reward, tmp_path / "rm", model=chain["sft"][0], data=toy_file, epochs=0.2, lora=2, **STEPS)
+    RewardModel.from_pretrained(str(tmp_path / "rm"))
+    base, merged = (utils.load_lm(f, torch.float32) for f in (chain["sft"][0], str(tmp_path / "ppo")))
+    assert torch.equal(base.model.embed_tokens.weight, merged.model.embed_tokens.weight), "what has no adapter is as it was"
+    assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, merged.model.layers[0].mlp.up_proj.weight)
+    lm = utils.add_lora(model_of("gpt2"), 2)
+    for n, p in lm.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.3)
+    plain = model_of("gpt2")
+    plain.load_state_dict(utils.whole_state(lm), strict=False)
+    ids = torch.tensor(ragged([9]))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-4, msg="merged weights are base and adapters together")
+
+
 def _steps_on_ranks(toy_file, out, stages, world_tag):
     """Losses of every step of the three scripts, for each ZeRO stage."""
     results = {}
@@ -711,7 +732,7 @@ def test_greedy_output_is_that_of_transformers_on_real_weights():
 def test_the_engine_follows_every_optimizer_step_and_never_changes_a_weight(kind, lora):
     lm = model_of(kind)
     if lora:
-        utils.add_lora(lm, 4, 8)
+        utils.add_lora(lm, 4)
     params = [p for p in lm.parameters() if p.requires_grad]
     optimizer, engine, prompts = torch.optim.AdamW(params, lr=0.02), HybridEngine(lm), ragged((3, 9, 5))
     before = None
@@ -866,7 +887,7 @@ def _engine_on_ranks(kinds, stages):
             lm = model_of("llama")
             if lora:
                 torch.manual_seed(7)
-                utils.add_lora(lm, 4, 8)
+                utils.add_lora(lm, 4)
                 for n, p in lm.named_parameters():
                     if "lora_B" in n:
                         p.data.normal_(std=0.1)

@@ -438,14 +438,17 @@ def adapters_off():
         LoRA.on = True
 
 
-def add_lora(lm, rank, alpha):
-    """Freezes a model and puts adapters beside every linear layer of its blocks (not the embedding, not the output layer)."""
-    lm.requires_grad_(False)
-    linear = {name: m for name, m in lm.base_model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    for name, m in linear.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(lm.base_model.get_submodule(owner), leaf, LoRA(m, rank, alpha))
-    return lm
+def add_lora(model, rank):
+    """Freezes a model and puts adapters beside every linear layer of its blocks (not the embedding, not the output layer); a scalar head
+    stays trainable. alpha is twice the rank, so that the learning rate need not change with the rank."""
+    model.requires_grad_(False)
+    for name, m in list(model.base_model.named_modules()):
+        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D":
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.base_model.get_submodule(owner), leaf, LoRA(m, rank, 2 * rank))
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+    return model
 
 
 def answer_index(prompt_lens, answer_lens):
@@ -457,14 +460,31 @@ def answer_index(prompt_lens, answer_lens):
     return torch.where(mask, prompt_lens[:, None] - 1 + at, 0), mask
 
 
-def whole_state(module):
-    """Names and whole tensors on the CPU, on rank 0 (elsewhere {}): parameters that ZeRO-3 shards are gathered one at a time."""
+def gathered(*params):
+    """Within: whole parameters, where ZeRO-3 keeps only a shard of each on this rank. Tied ones may be named twice."""
+    sharded = list(dict.fromkeys(p for p in params if hasattr(p, "ds_id")))
+    if not sharded:
+        return contextlib.nullcontext()
     import deepspeed
-    out = {}
-    for name, p in module.named_parameters():
-        with deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else torch.no_grad():
+    return deepspeed.zero.GatheredParameters(sharded)
+
+
+@torch.no_grad()
+def whole_state(model):
+    """Names and whole tensors on the CPU, on rank 0 (elsewhere {}), gathered a few at a time. Adapters are merged into copies of their
+    base, so the names are those of the model without them."""
+    out, adapters = {}, {name + ".base.weight": m for name, m in model.named_modules() if isinstance(m, LoRA)}
+    for name, p in model.named_parameters():
+        if name.rpartition(".")[2] in ("lora_A", "lora_B"):
+            continue
+        lora = adapters.get(name)
+        with gathered(p, *((lora.lora_A, lora.lora_B) if lora else ())):
             if dist.get_rank() == 0:
-                out[name] = p.detach().cpu().clone()
+                w = p.detach().cpu().clone()
+                if lora:
+                    delta = lora.scale * (lora.lora_B.float() @ lora.lora_A.float()).cpu()
+                    w = (w.float() + (delta.T if type(lora.base).__name__ == "Conv1D" else delta)).to(w.dtype)
+                out[name.replace(".base.", ".")] = w
     return out
 
 
