@@ -10,6 +10,7 @@ is also written to results/DEVICE-WHAT.json, with the versions and the commit.
 """
 import dataclasses
 import json
+import math
 import platform
 import random
 import statistics
@@ -108,35 +109,48 @@ def generate(cfg):
     return rows
 
 
+def let_end(lm, token, mean):
+    """Makes random OPT weights end answers at geometric lengths: the last norm gets a bias along one direction, which is EOS's own row."""
+    u = torch.nn.functional.normalize(torch.randn(lm.config.hidden_size), dim=0)
+    with torch.no_grad():
+        lm.model.decoder.final_layer_norm.bias += 22 * u
+        lm.get_output_embeddings().weight[token] = 0.25 * u * math.log(lm.config.vocab_size / mean) / 5.5
+
+
 def ppo(cfg):
-    """A step-3 iteration of ppo.py itself, with --engine hybrid and --engine hf: seconds of rollout, score and update."""
+    """Iterations of ppo.py itself, with --engine hybrid and --engine hf: seconds of rollout, score and update. Answers of --new-tokens, and
+    answers that end at geometric lengths (mean 32, at most 256)."""
     import ppo as script
     import reward
-    from utils import save_model, tiny_tokenizer
     utils.boot(cfg.seed)
-    rows = []
-    for name in cfg.model.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            lm = build(name, torch.float32)
-            save_model(lm, tiny_tokenizer(), f"{folder}/sft")
-            save_model(reward.RewardModel.from_lm(f"{folder}/sft", torch.float32).model, tiny_tokenizer(), f"{folder}/reward")
-            times = {"hybrid": [], "hf": []}
-            rng = random.Random(cfg.seed)
-            prompts = [{"prompt": "".join(rng.choice("abcdefgh") for _ in range(cfg.prompt_len - 18))} for _ in range(20 * cfg.batch)]
-            Path(f"{folder}/prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
-            for engine in ("hybrid", "hf", "hybrid", "hf"):
-                script.main(script.Config(model=f"{folder}/sft", reward_model=f"{folder}/reward", data=f"{folder}/prompts.jsonl", out=f"{folder}/out",
-                                          max_new_tokens=cfg.new_tokens, batch_size=cfg.batch, iterations=cfg.repeats, minibatches=1, ppo_epochs=1,
-                                          engine=engine, dtype=cfg.dtype, actor_lr=1e-6, critic_lr=1e-6))
-                log = [json.loads(line) for line in open(f"{folder}/out/metrics.jsonl")][2:]  # without the first iteration
-                times[engine] += [[r[k] for k in ("rollout_s", "score_s", "update_s")] for r in log]
-        median = {e: [statistics.median(t) for t in zip(*runs)] for e, runs in times.items()}
-        rows.append({"model": name, "batch": cfg.batch, "prompt_len": cfg.prompt_len, "new_tokens": cfg.new_tokens, "runs": times,
-                     **{f"{e}_{k}": v for e, m in median.items() for k, v in zip(("rollout_s", "score_s", "update_s"), m)},
-                     "ratio": sum(median["hf"]) / sum(median["hybrid"])})
-        for e, m in median.items():
-            print(f"{name:<14}--engine {e:<8} rollout {m[0]:.2f} s   score {m[1]:.2f}   update {m[2]:.2f}   iteration {sum(m):.2f}")
-        print(f"{name:<14}an iteration is {rows[-1]['ratio']:.2f} times as fast")
+    tokenizer, rows = utils.tiny_tokenizer(), []
+    for name in (n for n in cfg.model.split(",") if n.startswith("opt")):
+        for case, new in (("fixed", cfg.new_tokens), ("ragged", 256)):
+            with tempfile.TemporaryDirectory() as folder:
+                lm = build(name, torch.float32)
+                let_end(lm, tokenizer.eos_token_id, 32 if case == "ragged" else 1e9)
+                utils.save_model(lm, tokenizer, f"{folder}/sft")
+                utils.save_model(reward.RewardModel.from_lm(f"{folder}/sft", torch.float32).model, tokenizer, f"{folder}/reward")
+                rng = random.Random(cfg.seed)
+                prompts = [{"prompt": "".join(rng.choice("abcdefgh") for _ in range(cfg.prompt_len - 18))} for _ in range(20 * cfg.batch)]
+                Path(f"{folder}/prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+                times, lengths = {"hybrid": [], "hf": []}, []
+                for engine in ("hybrid", "hf", "hybrid", "hf"):
+                    script.main(script.Config(model=f"{folder}/sft", reward_model=f"{folder}/reward", data=f"{folder}/prompts.jsonl", out=f"{folder}/out",
+                                              max_new_tokens=new, batch_size=cfg.batch, iterations=cfg.repeats, minibatches=1, ppo_epochs=1,
+                                              engine=engine, dtype=cfg.dtype, actor_lr=1e-9, critic_lr=1e-9, held_out=0.05))
+                    log = [json.loads(line) for line in open(f"{folder}/out/metrics.jsonl")][2:]  # without the first iteration
+                    times[engine] += [[r[k] for k in ("rollout_s", "score_s", "update_s")] for r in log]
+                    lengths += [r["length"] for r in log]
+            median = {e: [statistics.median(t) for t in zip(*runs)] for e, runs in times.items()}
+            rows.append({"model": name, "case": case, "batch": cfg.batch, "prompt_len": cfg.prompt_len, "new_tokens": new, "mean_length": statistics.mean(lengths),
+                         **{f"{e}_{k}": v for e, m in median.items() for k, v in zip(("rollout_s", "score_s", "update_s"), m)},
+                         "ratio": statistics.median(map(sum, times["hf"])) / statistics.median(map(sum, times["hybrid"])), "runs": times})
+    for r in rows:
+        for e in ("hybrid", "hf"):
+            parts = [r[f"{e}_{k}"] for k in ("rollout_s", "score_s", "update_s")]
+            print(f"{r['model']:<14}{r['case']:<8}--engine {e:<8} rollout {parts[0]:.2f} s   score {parts[1]:.2f}   update {parts[2]:.2f}   iteration {sum(parts):.2f}")
+        print(f"{r['model']:<14}{r['case']:<8}an iteration is {r['ratio']:.2f} times as fast")
     return rows
 
 

@@ -40,14 +40,14 @@ class Config:
     max_len: int = 512                 # rows of more tokens, prompt and answer, are left out, and counted
     max_new_tokens: int = 16           # longest answer
     temperature: float = 1.0           # of sampling; every log-probability has it in it
-    iterations: int = 40               # rollouts
-    batch_size: int = 128              # prompts of one rollout, on all ranks together
-    ppo_epochs: int = 4                # passes over each rollout
-    minibatches: int = 1               # optimizer steps of one pass
+    iterations: int = 32               # rollouts
+    batch_size: int = 512              # prompts of one rollout, on all ranks together
+    ppo_epochs: int = 1                # passes over each rollout
+    minibatches: int = 4               # optimizer steps of one pass
     micro_batch: int = 0               # rows a rank takes at once; 0: its whole share
     actor_lr: float = 3e-4             # peak learning rate of the actor; take about 1e-6 for a pretrained model
     critic_lr: float = 1e-3            # peak learning rate of the critic; take about 5e-6 for a pretrained model
-    kl_coef: float = 0.1               # reward a token loses for each nat that its log-probability lies above the reference's
+    kl_coef: float = 0.05              # reward a token loses for each nat that its log-probability lies above the reference's
     kl_target: float = 0.0             # adapt kl_coef towards this KL, in nats an answer (Ziegler et al. 2019); 0: leave it fixed
     stop_kl: float = 0.1               # stop the epochs on a rollout once a step moved the policy so far, in nats a token; 0: never
     clip: float = 0.2                  # how far a ratio may leave 1 before its gradient is cut
@@ -164,6 +164,7 @@ def rollout(engine, prompts, cfg, eos, seeds, rank, world):
     """Answers to prompts (lists of ids): each rank samples its share, then all ranks hold all. seeds: one a prompt."""
     mine = range(rank, len(prompts), world)
     out = engine.generate([prompts[i] for i in mine], cfg.max_new_tokens, cfg.temperature, eos_token_id=eos, seed=[seeds[i] for i in mine])
+    engine.release()                                                                          # its memory is training's now
     return Batch(*map(utils.gather_rows, (out.tokens, out.prompt_lens, out.answer_lens, out.logprobs)))
 
 
@@ -241,12 +242,15 @@ def main(cfg):
                "explained_variance": "6.3f", "rollout_s": "6.2f", "tokens_per_s": "6.0f", "score_s": "6.2f", "update_s": "6.2f"}
     log = utils.Log(cfg, cfg.iterations, {k: f for k, f in columns.items() if gold or k != "gold"})
     samples = open(log.out / "samples.jsonl", "w") if rank == 0 else None
+    one_pass = cfg.ppo_epochs * cfg.minibatches == 1  # the policy that sampled is the one that is updated: no old pass is needed
+    kl_coef, clock = cfg.kl_coef, utils.Clock()
+
     def ref_logprobs(*x):
         with utils.adapters_off():
             return (ref or actor)(*x, cfg.temperature)[0]
-    score = lambda tokens, p, a: at_end(reward_model(tokens), p + a)  # noqa: E731
-    one_pass = cfg.ppo_epochs * cfg.minibatches == 1  # the policy that sampled is the one that is updated: no old pass is needed
-    kl_coef, clock = cfg.kl_coef, utils.Clock()
+
+    def score(tokens, prompt_lens, answer_lens):
+        return at_end(reward_model(tokens), prompt_lens + answer_lens)
 
     def evaluate():
         """Held-out prompts, sampled with fixed seeds: score with its standard error, KL an answer, gold accuracy."""
@@ -271,7 +275,6 @@ def main(cfg):
         _, indices = next(prompts)
         seeds = [hash((cfg.seed, it, row)) for row in range(cfg.batch_size)]                  # a row's, wherever it is sampled
         batch = rollout(engine, [train.prompt(i) for i in indices], cfg, eos, seeds, rank, world)
-        engine.release()
         mask, tokens_sampled = batch.mask, int(batch.answer_lens.sum())
         rollout_s = clock.lap()
 

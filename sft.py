@@ -29,7 +29,7 @@ class Config:
     held_out: float = 0.05             # share of the rows that is only evaluated on
     template: str = "Human: {prompt}\nAssistant:"  # how a prompt is written; chat: the tokenizer's own chat template
     max_len: int = 512                 # rows of more tokens, prompt and answer, are left out, and counted
-    epochs: float = 1.75               # passes over the data
+    epochs: float = 2.5                # passes over the data
     batch_size: int = 32               # rows of one optimizer step, on all ranks together
     micro_batch: int = 0               # rows a rank takes at once; 0: its whole share
     lr: float = 1e-3                   # peak learning rate; take about 1e-5 for a pretrained model

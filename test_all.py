@@ -645,6 +645,11 @@ def test_one_update_an_iteration_needs_no_old_pass_and_the_engines_logprobs_can_
     assert all(row.get("engine_gap_max", 0) == 0 for row in engine), "where the engine's are the old ones there is no gap"
 
 
+def test_ppo_also_runs_on_the_slow_path(chain, toy_file, tmp_path):
+    metrics = train(ppo, tmp_path / "p", **{**PPO_STEPS, "iterations": 1}, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file, engine="hf")
+    assert metrics[1]["engine_gap_max"] < 1e-3 and metrics[1]["engine_generate_s"] > 0
+
+
 def test_an_unfinished_answer_loses_exactly_the_penalty(chain, toy_file, tmp_path):
     flags = dict(PPO_STEPS, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file, iterations=1, max_new_tokens=1)
     scores = {}
@@ -865,6 +870,27 @@ def test_the_slow_path_has_the_same_interface_and_the_same_greedy_tokens():
         torch.testing.assert_close(plain_logprobs(lm, row, len(prompts[i]), 0.7), a.logprobs[i].double(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_graph_replay_equals_eager_steps_across_an_optimizer_step(kind):
+    lm, prompts = model_of(kind).cuda(), ragged((3, 30, 9, 1, 200))
+    engine, eager = HybridEngine(lm), HybridEngine(lm)
+    eager._step = eager._decode
+    for _ in range(2):
+        for temperature in (0.0, 1.0):
+            got, want = (e.generate(prompts, 40, temperature=temperature, eos_token_id=[7, 8], seed=3) for e in (engine, eager))
+            assert rows_of(got) == rows_of(want)
+            torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-3)
+        graphs = {k: id(g) for k, g in engine.graphs.items() if g is not None}
+        assert graphs, "steps were captured"
+        lm(torch.tensor([prompts[1]], device="cuda"), labels=torch.tensor([prompts[1]], device="cuda")).loss.backward()
+        with torch.no_grad():
+            for p in lm.parameters():
+                p -= 0.1 * p.grad
+                p.grad = None
+    assert all(id(engine.graphs[k]) == g for k, g in graphs.items()), "the graphs outlive the weight update"
+
+
 def _engine_on_ranks(kinds, stages):
     """On two ranks: greedy tokens under each ZeRO stage, LoRA on and off, for each family under tensor parallelism; collectives counted."""
     rank, world, device = utils.boot(1)
@@ -982,3 +1008,13 @@ def test_chat_answers_once_or_in_turns_and_forgets_what_no_longer_fits(chain):
     assert code == 0 and said.count("Assistant:") == 3 and "forgotten" in said, said
     code, said = command("chat.py", "--model", chain["sft"][0], "--prompt", "a" * 600)
     assert code == 2 and re.match(r"error: a prompt of \d+ tokens .* context of 512", said.strip().splitlines()[-1]), said
+
+
+def test_the_benchmark_measures_both_sides_and_keeps_the_raw_numbers(tmp_path):
+    code, said = command("bench.py", "generate", "--model", "opt-4x256", "--repeats", "1", "--batch", "2", "--prompt-len", "8", "--new-tokens", "4", "--out", tmp_path)
+    assert code == 0 and said.count("ratio") == 2, said
+    (path,) = tmp_path.glob("*-generate.json")
+    record = json.load(open(path))
+    assert [r["case"] for r in record["rows"]] == ["fixed", "ragged"] and record["versions"]["torch"] == torch.__version__
+    assert all(len(r["runs"]["ours"]) == 1 and r["tokens_per_s"] > 0 for r in record["rows"])
+    assert command("bench.py", "nonsense")[0] == 1
