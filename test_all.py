@@ -284,14 +284,13 @@ def test_real_preferences_are_read_whole_and_batches_of_them_have_little_padding
     equal = 2312 - len(rows) - len(held) - 5  # 5 pairs of dialogues with different prompts
     assert 0 <= equal <= 12, f"{len(rows) + len(held)} of 2,312 rows are there"
     lengths = rows.lengths("chosen", "rejected")
-    real = slots = 0
-    for batch in data.batches(rows, lengths, 32, 0, 1):
-        for part in utils.deal(batch, lengths, 4, 0, 1):
-            tokens, lens = reward.collate(rows, part, "cpu")
-            real, slots = real + int(lens.sum()), slots + tokens.numel()
+    nothing = lambda tokens: torch.zeros(tokens.shape)  # noqa: E731
+    slots = sum(reward.pair_scores(nothing, rows, part, reward.groups_for(lengths), "cpu")[1]
+                for batch in data.batches(rows, lengths, 32, 0, 1) for part in utils.deal(batch, lengths, 8, 0, 1))
+    real = sum(rows.lengths(w)[np.concatenate(list(data.batches(rows, lengths, 32, 0, 1)))].sum() for w in ("chosen", "rejected"))
+    assert 1 - real / slots < 0.10, f"{1 - real / slots:.1%} of the tokens are padding"
     text = tok.decode(rows.prompt(0), skip_special_tokens=True)
     assert text.startswith("Human:") and text.endswith("Assistant:"), text
-    print(f"padding {1 - real / slots:.3f}")
 
 
 def test_a_new_source_is_ten_lines_as_the_readme_shows(tok, monkeypatch):
@@ -437,6 +436,16 @@ def test_a_score_is_read_at_the_last_real_token_whatever_stands_behind_it(kind, 
             torch.testing.assert_close(rm.score(tokens, lens), alone, rtol=1e-4, atol=1e-5)
     d = rm.model.score.in_features
     assert abs(rm.model.score.weight.std().item() * (d + 1) ** 0.5 - 1) < 0.3, "the head starts at std 1/sqrt(d + 1)"
+
+
+def test_pairs_are_scored_alike_in_one_forward_or_in_four(toy_file, tok):
+    rows, _ = load_file(toy_file, tok, "reward")
+    rm = RewardModel.from_lm("tiny", torch.float32)
+    with torch.no_grad():
+        one, four = (reward.pair_scores(rm, rows, range(9), groups, "cpu")[0] for groups in (1, 4))
+        want = [[rm.score(*data.pad([rows.prompt(i) + rows.answer(i, w)])).item() for w in ("chosen", "rejected")] for i in range(9)]
+    torch.testing.assert_close(one, torch.tensor(want), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-5)
 
 
 def test_a_reward_model_with_a_missing_renamed_or_misshapen_tensor_is_refused(tmp_path):

@@ -83,8 +83,10 @@ def run(main, Config):
         main(cfg)
     except UserError as e:
         sys.stdout.flush()
-        print0(f"error: {e}") if dist.is_initialized() else print(f"error: {e}", file=sys.stderr)
-        os._exit(2) if dist.is_initialized() else sys.exit(2)  # another rank may be inside a collective: do not wait for it
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # most mistakes are every rank's: then rank 0 says it, and the launcher ends the others meanwhile
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        os._exit(2)  # and not sys.exit: another rank may be inside a collective, and would be waited for
     if dist.is_initialized():
         dist.destroy_process_group()
 
