@@ -12,7 +12,7 @@ test-gpu: .venv/ready
 	$(PY) -m pytest -q -k gpu test_kernels.py test_all.py
 
 .venv/ready: requirements.txt
-	$(PYTHON) -m venv .venv
+	test -x $(PY) || $(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -r requirements.txt
 	touch .venv/ready
 

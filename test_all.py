@@ -374,23 +374,6 @@ def test_the_readme_shows_commands_that_parse():
 # log-probabilities
 
 
-def test_token_logprobs_and_their_gradients_equal_autograd_in_float64(monkeypatch):
-    torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(13, 8), torch.randn(50, 8), torch.randint(50, (13,))
-    g, g_entropy = torch.randn(13), torch.randn(13)
-    for chunk in (2**24, 200):  # all at once, and four rows at a time
-        monkeypatch.setattr(kernels.TokenLogprobs, "CHUNK", chunk)
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        logprobs, entropy = kernels.token_logprobs(h, w, targets, 0.7)
-        (logprobs @ g + entropy @ g_entropy).backward()
-        h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
-        z = (h64 @ w64.T / 0.7).log_softmax(-1)
-        want, want_entropy = z.gather(1, targets[:, None])[:, 0], -(z.exp() * z).sum(-1)
-        (want @ g.double() + want_entropy @ g_entropy.double()).backward()
-        for got, expected in ((logprobs, want), (entropy, want_entropy), (h.grad, h64.grad), (w.grad, w64.grad)):
-            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_a_padded_batch_gives_each_row_the_logprobs_of_that_row_alone():
     for kind in ("opt", "gpt2", "llama", "bloom"):
         lm = model_of(kind)
