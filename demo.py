@@ -63,7 +63,7 @@ def draw(out, summary):
     other.set(ylim=(0, max(kl) * 3), ylabel="KL")
     other.grid(False)
     lines = [line for a in (ax, other) for line in a.get_legend_handles_labels()[0]]
-    ax.legend(lines, [line.get_label() for line in lines], loc="lower right")
+    ax.legend(lines, [line.get_label() for line in lines], loc="center right")
     fig.tight_layout()
     fig.savefig(out / "curves.png", dpi=110)
 

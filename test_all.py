@@ -1,6 +1,6 @@
 """The specification, in the order of the README. Each test is one sentence; inside stands a naive second version of what it tests.
 
-    make test                       # all of it, about four minutes on two cores
+    make test                       # this and test_kernels.py, about three minutes
     pytest test_all.py -k engine    # one part
 
 Real weights and real human preferences are taken from ../shared where that folder exists; the rest needs nothing.
@@ -368,6 +368,21 @@ def test_the_readme_shows_commands_that_parse():
     assert len(found) > 10
     for name, flags in found:
         utils.parse_args(SCRIPTS[name].Config, shlex.split(flags, comments=True) or ["--seed", "1"])
+
+
+def test_the_numbers_in_the_readme_are_those_in_results():
+    text = (HERE / "README.md").read_text()
+    for r in json.load(open(HERE / "results/demo.json")):
+        assert f"| {r['seed']} | {r['sft_gold']:.1%} | {r['reward_accuracy']:.1%} | **{r['ppo_gold']:.1%}** |" in text, f"demo, seed {r['seed']}"
+        assert 0.5 <= r["sft_gold"] <= 0.7 and r["ppo_gold"] >= 0.9 and r["reward_accuracy"] >= 0.95
+    for r in json.load(open(HERE / "results/cpu-1-threads-memory.json"))["rows"]:
+        assert f"{r['peak_mib']:,.0f} MiB | {r['seconds']:.2f} | {r['loss']:.6f}" in text, r["how"]
+    real = json.load(open(HERE / "results/real-data.json"))
+    (a, b), (c, d) = real["ppo"]["eval_score"], real["ppo"]["eval_score_se"]
+    for quoted in (f"{a:.3f} ± {c:.3f} → {b:.3f} ± {d:.3f}", f"{real['ppo']['eval_kl'][1]:.2f} nats", f"{real['reward']['held_out_accuracy']:.3f} ±",
+                   f"{real['hh']['held_out_accuracy']:.3f} ±", f"loss {real['sft']['held_out_loss']:.3f}"):
+        assert quoted in text, quoted
+    assert (b - a) > 2 * (c**2 + d**2) ** 0.5 and real["ppo"]["eval_kl"][1] < 15
 
 
 # -----------------------------------------------------------------------------
