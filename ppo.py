@@ -364,7 +364,7 @@ def main(cfg):
             metrics.update(evaluate())
         log(it, metrics)
         if rank == 0 and (it == 1 or it % max(1, cfg.iterations // 8) == 0):
-            print(f"    {said[0][0].splitlines()[-2 if chr(10) in said[0][0] else -1]!r} -> {said[0][1]!r}  score {scores[0]:.2f}")
+            print(f"    {said[0][0][-60:]!r} -> {said[0][1]!r}  score {scores[0]:.2f}")
         if kl < -0.1:
             utils.print0(f"    warning: the mean KL is {kl:.2f}, below 0: a sampler and a trainer that agree cannot give that for long")
 
