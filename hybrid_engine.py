@@ -554,16 +554,13 @@ class HybridEngine:
         self.stats = dict.fromkeys(("gather_s", "prefill_s", "decode_s"), 0.0) | dict.fromkeys(("prefill_tokens", "decode_tokens", "decode_steps"), 0)
         start = time.perf_counter()
         self._collect()
-        self._clock_gather(start)
+        self.stats["gather_s"] = time.perf_counter() - start if self.copies else 0.0
         self.sampling = (temperature, top_k, top_p)
         eos = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
         self.eos = self.eos_tensors.setdefault(eos, torch.tensor(eos, dtype=torch.long, device=self.device))  # graphs hold its address
         need = longest + max_new_tokens
         self._arena(min(len(prompts), self.max_batch or len(prompts)), self.max_len or -(-need // 32) * 32)
         return row_keys(seed, len(prompts))
-
-    def _clock_gather(self, start):
-        self.stats["gather_s"] = time.perf_counter() - start if self.copies else 0.0
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, seed=None):

@@ -158,7 +158,8 @@ def main(cfg):
     # ---- training ----
     for step in range(1, total + 1):
         epoch, indices = next(stream)
-        utils.set_lr(engine, cfg.lr * utils.cosine(step - 1, total))
+        lr = cfg.lr * utils.cosine(step - 1, total)
+        utils.set_lr(engine, lr)
         sums = torch.zeros(4)  # loss, right pairs, margin, tokens with padding
         for part in utils.deal(indices, lengths, micro, rank, world):
             scores, slots = pair_scores(engine, train, part, groups_for(lengths), device)      # (B, 2)
@@ -172,7 +173,7 @@ def main(cfg):
         loss, right, margin, slots = utils.all_sum(sums, device).tolist()
         real = sum(train.lengths(w)[indices].sum() for w in ("chosen", "rejected"))
         metrics = {"epoch": epoch, "loss": loss, "accuracy": right / cfg.batch_size, "margin": margin / cfg.batch_size,
-                   "lr": cfg.lr * utils.cosine(step - 1, total), "padding": 1 - real / slots, "grad_norm": norm}
+                   "lr": lr, "padding": 1 - real / slots, "grad_norm": norm}
         if step == total or step % max(1, total // 10) == 0:
             chosen, rejected = scores_of(engine, held_out, np.arange(min(len(held_out), EVAL_ROWS)), micro, rank, world, device).unbind(1)
             metrics.update(held_out_accuracy=(chosen > rejected).float().mean().item(), held_out_margin=(chosen - rejected).mean().item(),

@@ -86,7 +86,8 @@ def main(cfg):
     # ---- training ----
     for step in range(1, total + 1):
         epoch, indices = next(stream)
-        utils.set_lr(engine, cfg.lr * utils.cosine(step - 1, total))
+        lr = cfg.lr * utils.cosine(step - 1, total)
+        utils.set_lr(engine, lr)
         batches = [collate(train, part, device) for part in utils.deal(indices, lengths, micro, rank, world)]
         answer_tokens = sum(train.answer_lengths("response")[indices])      # of all ranks: the mean is over the whole batch
         loss, norm = 0.0, None
@@ -97,7 +98,7 @@ def main(cfg):
             norm = utils.step(engine)
             loss += part.item()
         slots, real = utils.all_sum(torch.tensor([sum(t.numel() for t, *_ in batches), lengths[indices].sum() / world]), device).tolist()
-        metrics = {"epoch": epoch, "loss": utils.all_sum(loss, device), "lr": cfg.lr * utils.cosine(step - 1, total),
+        metrics = {"epoch": epoch, "loss": utils.all_sum(loss, device), "lr": lr,
                    "padding": 1 - real / slots, "tokens_per_s": real / clock.lap(), "grad_norm": norm}
         if step == total or step % max(1, total // 10) == 0:
             metrics["held_out_loss"] = evaluate(engine, held_out, micro, rank, world, device)
