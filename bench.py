@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 
 import utils
-from hybrid_engine import HFEngine, HybridEngine
+from hybrid_engine import HybridEngine
 
 # name: family, layers, width, heads, key/value heads, width of the MLP, vocabulary
 SHAPES = {
@@ -86,21 +86,30 @@ def turns(repeats, **sides):
     return out
 
 
+def transformers_generate(lm, prompts, new_tokens, eos):
+    """Tokens sampled by transformers.generate; nothing else is asked of it. prompts: lists of one length."""
+    ids = torch.tensor(prompts, device=device())
+    out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=True, top_k=0, eos_token_id=eos, pad_token_id=0)
+    answers = out[:, ids.size(1) :]
+    ended = torch.isin(answers, torch.tensor(eos or [-1], device=device())).int()
+    return int(torch.where(ended.any(1), ended.argmax(1) + 1, answers.size(1)).sum())
+
+
 def generate(cfg):
     """Sampling at temperature 1: fixed lengths (no EOS), and answers that end at geometric lengths (mean 32, at most 256; 8 x batch prompts)."""
     rows = []
     for name in cfg.model.split(","):
         lm = build(name, utils.precision(cfg.dtype), cfg.prompt_len + max(cfg.new_tokens, 256))
         V, g = lm.config.vocab_size, torch.Generator().manual_seed(cfg.seed)
-        ours, theirs = HybridEngine(lm), HFEngine(lm)
+        engine = HybridEngine(lm)
         for case, n, new, eos in (("fixed", cfg.batch, cfg.new_tokens, None), ("ragged", 8 * cfg.batch, 256, list(range(V // 32)))):
             # Random weights sample nearly uniformly: with a 32nd of the vocabulary as EOS, lengths are geometric with mean 32.
             prompts = torch.randint(V // 32, V, (n, cfg.prompt_len), generator=g).tolist()
-            both = turns(cfg.repeats, ours=lambda t: ours.generate(prompts, new, eos_token_id=eos, seed=t),
-                         theirs=lambda t: theirs.generate(prompts, new, eos_token_id=eos, seed=t))
-            speed = {side: [int(r.answer_lens.sum()) / s for s, r in runs] for side, runs in both.items()}
+            both = turns(cfg.repeats, ours=lambda t: int(engine.generate(prompts, new, eos_token_id=eos, seed=t).answer_lens.sum()),
+                         theirs=lambda t: transformers_generate(lm, prompts, new, eos))
+            speed = {side: [tokens / s for s, tokens in runs] for side, runs in both.items()}
             rows.append({"model": name, "case": case, "prompts": n, "prompt_len": cfg.prompt_len, "new_tokens": new,
-                         "mean_length": statistics.mean(float(r.answer_lens.float().mean()) for _, r in both["ours"]),
+                         "mean_length": statistics.mean(tokens / n for _, tokens in both["ours"]),
                          "tokens_per_s": statistics.median(speed["ours"]), "transformers_tokens_per_s": statistics.median(speed["theirs"]),
                          "ratio": statistics.median(a / b for a, b in zip(speed["ours"], speed["theirs"])), "runs": speed})
             r = rows[-1]

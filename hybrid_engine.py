@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import kernels
 from utils import UserError, gathered, print0
 
-PREFILL_TOKENS = 16384  # at most so many packed tokens at once: bounds the memory that activations take
+PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}  # at most so many packed tokens at once: bounds what activations take; on a CPU, fits its cache
 LOOK = 8                # on a GPU the host looks at the done flags every so many steps
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100-SXM4-80GB": 2.04e12, "A100-SXM4-40GB": 1.56e12}  # bytes/s, NVIDIA's data sheets
 
@@ -84,7 +84,7 @@ FAMILIES = {
                     positions="alibi", fused="h3d", embed_norm="word_embeddings_layernorm"),
 }
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "bloom")
-ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "swish": F.silu, "gelu": F.gelu,
+ACTIVATIONS = {"relu": torch.relu_, "silu": F.silu, "swish": F.silu, "gelu": F.gelu,
                **{name: lambda x: F.gelu(x, approximate="tanh") for name in TANH_GELU}}
 
 
@@ -95,10 +95,10 @@ class Linear(NamedTuple):
     lora: tuple | None = None      # A (r, in), B (out, r), scale
 
     def __call__(self, x, bias=True):
-        y = F.linear(x, self.weight, self.bias if bias else None)
+        y = kernels.linear(x, self.weight, self.bias if bias else None)
         if self.lora:
             A, B, scale = self.lora
-            y = y + F.linear(F.linear(x, A), B) * scale
+            y = y + kernels.linear(kernels.linear(x, A), B) * scale
         return y
 
 
@@ -497,7 +497,7 @@ class HybridEngine:
             # A prefill of few rows costs as much as one of many: wait until an eighth of the slots is free.
             while waiting and S - len(rows) >= min(len(waiting), max(1, S // 8)):
                 new, size = [], 0
-                while waiting and len(rows) + len(new) < S and (not new or size + len(prompts[waiting[0]]) <= PREFILL_TOKENS):
+                while waiting and len(rows) + len(new) < S and (not new or size + len(prompts[waiting[0]]) <= PREFILL_TOKENS[self.device.type]):
                     size += len(prompts[waiting[0]])
                     new.append(waiting.popleft())
                 start = time.perf_counter()
@@ -638,7 +638,7 @@ class HFEngine:
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, seed=None):
         """See HybridEngine.generate."""
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, LogitsProcessorList
         start, device = time.perf_counter(), next(self.module.parameters()).device
         lens = torch.tensor([len(p) for p in prompts], device=device)
         width, eos = int(lens.max()), [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
@@ -647,14 +647,19 @@ class HFEngine:
             row[width - len(p) :] = torch.tensor(p, device=device)
         mask = (torch.arange(width, device=device) >= width - lens[:, None]).long()
         how = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=temperature > 0, eos_token_id=eos or None, pad_token_id=0, num_beams=1,
-                               **(dict(temperature=temperature, top_k=top_k, top_p=top_p) if temperature > 0 else {}))
+                               **(dict(temperature=1.0, top_k=0, top_p=1.0) if temperature > 0 else {}))
+        said, logprobs = [], []  # the distribution of the step before; what its token had there
+
+        def temper(ids, logits):  # ours and not transformers' own: kept for a step, not (A, B, V) of them
+            logprobs.extend(z.gather(1, ids[:, -1:]) for z in said)
+            said[:] = [kernels.keep_likely(logits.float() / (temperature or 1), top_k, top_p).log_softmax(-1)]
+            return said[0]
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if seed is not None:
                 torch.manual_seed(int(row_keys(seed, 1)[0] if isinstance(seed, int) else kernels.mix(row_keys(seed, len(seed)).sum())))
-            out = self.module.generate(ids, attention_mask=mask, generation_config=how, synced_gpus=self.sharded,
-                                       return_dict_in_generate=True, output_scores=True)
-        answers = out.sequences[:, width:]                                                    # (N, A)
-        logprobs = torch.stack([s.float().log_softmax(-1).gather(1, a[:, None])[:, 0] for s, a in zip(out.scores, answers.T)], 1)
+            out = self.module.generate(ids, attention_mask=mask, generation_config=how, synced_gpus=self.sharded, logits_processor=LogitsProcessorList([temper]))
+        answers = out[:, width:]                                                              # (N, A)
+        logprobs = torch.cat([*logprobs, said[0].gather(1, answers[:, -1:])], 1)              # (N, A)
         ended = torch.isin(answers, torch.tensor(eos, dtype=torch.long, device=device))
         answer_lens = torch.where(ended.any(1), ended.int().argmax(1) + 1, answers.size(1))
         A = int(answer_lens.max())

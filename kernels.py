@@ -19,7 +19,23 @@ try:
 except ImportError:  # no triton for this platform (macOS): what runs on a CPU needs none
     jit, tl = (lambda kernel: kernel), types.SimpleNamespace(constexpr=None)
 
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 LOG2E = 1.4426950408889634  # attention kernels raise 2 to their scores, not e: that is what the hardware has
+
+# -----------------------------------------------------------------------------
+# matrix products
+
+
+def linear(x, weight, bias=None):
+    """x @ weight.T + bias. x (N, in), weight (out, in), bias (out,). No gradient.
+
+    On an x86 CPU from oneDNN, which PyTorch carries beside MKL: at the few rows of a decode step it is 1.2 to 2.4 times as fast as
+    F.linear on an AMD processor, where MKL leaves the wide vectors unused (2 threads, 32 rows, 256 x 8192, float32).
+    """
+    if ONEDNN and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and len(x) > 1:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
 
 # -----------------------------------------------------------------------------
 # attention
