@@ -80,6 +80,11 @@ def toy(words=4000, wrong=0.35):
             yield {"prompt": f"{name} {word}", "response": response, "chosen": right, "rejected": miss(rng, skill, word)}
 
 
+def toy_reward(prompts, answers):
+    """The exact checker as a reward: ppo.py --reward-model "" --reward data.py:toy_reward"""
+    return list(map(toy_gold, prompts, answers))
+
+
 def toy_gold(prompt, answer):
     """1.0 where the answer is right, else 0.0. Reads the last line of the prompt that names a skill."""
     skill, word = re.findall(rf"\b({'|'.join(SKILLS)}) (\w+)", prompt)[-1]
@@ -505,3 +510,11 @@ def pad(sequences, device="cpu", value=0):
     for row, s in zip(out, sequences):
         row[: len(s)] = torch.as_tensor(s)
     return out.to(device), lengths.to(device)
+
+
+def collate(rows, indices, device):
+    """Prompt and response of each row: tokens (B, T), prompt_lens (B,), answer_lens (B,)."""
+    prompts, answers = [rows.prompt(i) for i in indices], [rows.answer(i, "response") for i in indices]
+    tokens, lens = pad([p + a for p, a in zip(prompts, answers)], device)
+    answer_lens = torch.tensor([len(a) for a in answers], device=device)
+    return tokens, lens - answer_lens, answer_lens

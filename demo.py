@@ -80,8 +80,10 @@ def main(cfg):
             raise utils.UserError(f"{script}.py did not finish; its message stands above")
         seconds[script] = time.time() - start
 
+    _, ema_gold, ema_score, ema_kl = metrics(out / "ppo", "eval_ema_gold", "eval_ema_score", "eval_ema_kl")
     (_, gold, score, kl), (_, accuracy) = metrics(out / "ppo", "eval_gold", "eval_score", "eval_kl"), metrics(out / "reward", "held_out_accuracy")
     summary = {"sft": {"gold": gold[0]}, "reward": {"accuracy": accuracy[-1]}, "ppo": {"gold": gold[-1], "kl": kl[-1]},
+               "ppo_ema": {"gold": ema_gold[-1], "kl": ema_kl[-1]},
                "seconds": sum(seconds.values()), "seed": cfg.seed}
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     draw(out, summary)
@@ -90,6 +92,7 @@ def main(cfg):
     print(f"{'1 fine-tuning':<22}{seconds['sft']:>8.0f}{gold[0]:>15.1%}{score[0]:>9.2f}{0:>10.2f}")
     print(f"{'2 reward model':<22}{seconds['reward']:>8.0f}{accuracy[-1]:>15.1%}   (of held-out pairs)")
     print(f"{'3 PPO':<22}{seconds['ppo']:>8.0f}{gold[-1]:>15.1%}{score[-1]:>9.2f}{kl[-1]:>10.2f}")
+    print(f"{'  its moving average':<22}{'':>8}{ema_gold[-1]:>15.1%}{ema_score[-1]:>9.2f}{ema_kl[-1]:>10.2f}")
     print(f"\n{sum(seconds.values()):.0f} seconds in all. {out}/curves.png shows it, {out}/summary.json keeps it;"
           f" python chat.py --model {out}/ppo talks to the result.")
 

@@ -40,10 +40,12 @@ class Config:
     batch_size: int = 32               # pairs of one optimizer step, on all ranks together
     micro_batch: int = 0               # pairs a rank takes at once; 0: its whole share
     lr: float = 2.5e-4                 # peak learning rate; take about 1e-5 for a pretrained model
-    lora: int = 0                      # rank of LoRA adapters beside the linear layers, which alone are trained; 0: train all weights
+    lora: str = ""                     # train adapters only: their rank, or such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: all weights
     seed: int = 1                      # of initial weights and of the order of rows
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
     zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
+    save_memory: Literal["no", "recompute", "offload", "both"] = "no"  # recompute activations; offload optimizer, frozen models, ZeRO-3 weights to the CPU
+    resume: bool = False               # go on after the last complete checkpoint in --out
     ds_config: str = ""                # JSON file merged over the DeepSpeed settings in utils.train_engine
 
 
@@ -142,21 +144,22 @@ def main(cfg):
     tokenizer = utils.load_tokenizer(cfg.model)
     template = data.check_template(cfg.template)
     model = RewardModel.from_lm(cfg.model, utils.precision(cfg.dtype))
-    if cfg.lora:
-        utils.add_lora(model.model, cfg.lora)
+    utils.add_lora(model.model, cfg.lora)
     max_len = min(cfg.max_len, utils.context_length(model.model.config))
     train, held_out = data.load(cfg.data, "reward", cfg.split, cfg.held_out, template, tokenizer, max_len)
     lengths = train.lengths("chosen", "rejected")
     micro, accumulate = utils.micro_batches(cfg.batch_size, cfg.micro_batch, world)
-    stream = data.steps(train, lengths, cfg.batch_size, cfg.seed)
     total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
     utils.print0(f"step 2: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} pairs"
                  f" = {world} ranks x {accumulate} x {micro}")
     engine = utils.train_engine(model, cfg.lr, micro, accumulate, cfg)
-    log = utils.Log(cfg, total, {"loss": "7.4f", "accuracy": "8.3f", "margin": "7.3f", "held_out_accuracy": "6.3f", "padding": "6.3f"}, every=max(1, total // 30))
+    checkpoint = utils.Checkpoint(cfg, total, engine=engine)
+    start, _ = checkpoint.restore()
+    stream = data.steps(train, lengths, cfg.batch_size, cfg.seed, start)
+    log = utils.Log(cfg, total, {"loss": "7.4f", "accuracy": "8.3f", "margin": "7.3f", "held_out_accuracy": "6.3f", "padding": "6.3f"}, every=max(1, total // 30), start=start)
 
     # ---- training ----
-    for step in range(1, total + 1):
+    for step in range(start + 1, total + 1):
         epoch, indices = next(stream)
         lr = cfg.lr * utils.cosine(step - 1, total)
         utils.set_lr(engine, lr)
@@ -167,18 +170,19 @@ def main(cfg):
             loss = pairwise_loss(chosen, rejected) * len(part) / cfg.batch_size
             centre = CENTRE * ((chosen + rejected) ** 2).sum() / cfg.batch_size
             engine.backward((loss + centre) * world * accumulate)                              # DeepSpeed averages over ranks and divides by accumulate
-            norm = utils.step(engine)
+            norms = utils.step(engine)
             margin = chosen - rejected
             sums += torch.tensor([loss.item(), (margin > 0).sum().item(), margin.sum().item(), slots])
         loss, right, margin, slots = utils.all_sum(sums, device).tolist()
         real = sum(train.lengths(w)[indices].sum() for w in ("chosen", "rejected"))
         metrics = {"epoch": epoch, "loss": loss, "accuracy": right / cfg.batch_size, "margin": margin / cfg.batch_size,
-                   "lr": lr, "padding": 1 - real / slots, "grad_norm": norm}
+                   "lr": lr, "padding": 1 - real / slots, "grad_norm": norms[0], "skipped": utils.step.skipped}
         if step == total or step % max(1, total // 10) == 0:
             chosen, rejected = scores_of(engine, held_out, np.arange(min(len(held_out), EVAL_ROWS)), micro, rank, world, device).unbind(1)
             metrics.update(held_out_accuracy=(chosen > rejected).float().mean().item(), held_out_margin=(chosen - rejected).mean().item(),
                            held_out_loss=pairwise_loss(chosen, rejected).item(), held_out_pairs=len(chosen))
         log(step, metrics)
+        checkpoint.save(step)
 
     # ---- centre and scale, on pairs that it was trained on: a chosen answer scores 0 on average, scores have variance 1 ----
     some = np.random.default_rng(cfg.seed).permutation(len(train))[:EVAL_ROWS]
@@ -188,6 +192,7 @@ def main(cfg):
     # ---- a model folder ----
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None  # transformers scores before the first pad
     utils.save_model(model.model, tokenizer, cfg.out, score_offset=offset, score_scale=scale, pad_token_id=pad)
+    checkpoint.finish()
     p, n = metrics["held_out_accuracy"], metrics["held_out_pairs"]
     utils.print0(f"saved {cfg.out}: held-out accuracy {p:.3f} +- {1.96 * (p * (1 - p) / n) ** 0.5:.3f} (95%, {n} pairs), "
                  f"margin {metrics['held_out_margin'] * scale:.2f} standard deviations of a score")

@@ -33,29 +33,23 @@ class Config:
     batch_size: int = 32               # rows of one optimizer step, on all ranks together
     micro_batch: int = 0               # rows a rank takes at once; 0: its whole share
     lr: float = 1e-3                   # peak learning rate; take about 1e-5 for a pretrained model
-    lora: int = 0                      # rank of LoRA adapters beside the linear layers, which alone are trained; 0: train all weights
+    lora: str = ""                     # train adapters only: their rank, or such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: all weights
     seed: int = 1                      # of initial weights and of the order of rows
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
     zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
+    save_memory: Literal["no", "recompute", "offload", "both"] = "no"  # recompute activations; offload optimizer, frozen models, ZeRO-3 weights to the CPU
+    resume: bool = False               # go on after the last complete checkpoint in --out
     ds_config: str = ""                # JSON file merged over the DeepSpeed settings in utils.train_engine
 
 
 EVAL_ROWS = 1024  # held-out rows that are looked at, at most
 
 
-def collate(rows, indices, device):
-    """Prompt and response of each row: tokens (B, T), prompt_lens (B,), answer_lens (B,)."""
-    prompts, answers = [rows.prompt(i) for i in indices], [rows.answer(i, "response") for i in indices]
-    tokens, lens = data.pad([p + a for p, a in zip(prompts, answers)], device)
-    answer_lens = torch.tensor([len(a) for a in answers], device=device)
-    return tokens, lens - answer_lens, answer_lens
-
-
 @torch.no_grad()
 def evaluate(engine, rows, micro, rank, world, device):
     """Mean loss a token on held-out rows, over all ranks."""
     def question(indices):
-        logprobs, _ = engine(*(batch := collate(rows, indices, device)))
+        logprobs, _ = engine(*(batch := data.collate(rows, indices, device)))
         return torch.stack([-logprobs.sum(1), batch[2].float()], 1)                           # (B, 2)
     indices = np.arange(min(len(rows), EVAL_ROWS))
     loss, tokens = utils.ask_rows(question, indices, rows.lengths("response"), micro, rank, world).sum(0).tolist()
@@ -69,45 +63,48 @@ def main(cfg):
     tokenizer = utils.load_tokenizer(cfg.model)
     template = data.check_template(cfg.template)
     policy = utils.Policy(utils.load_lm(cfg.model, utils.precision(cfg.dtype)))
-    if cfg.lora:
-        utils.add_lora(policy.lm, cfg.lora)
+    utils.add_lora(policy.lm, cfg.lora)
     max_len = min(cfg.max_len, utils.context_length(policy.lm.config))
     train, held_out = data.load(cfg.data, "sft", cfg.split, cfg.held_out, template, tokenizer, max_len)
     lengths = train.lengths("response")
     micro, accumulate = utils.micro_batches(cfg.batch_size, cfg.micro_batch, world)
-    stream = data.steps(train, lengths, cfg.batch_size, cfg.seed)
     total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
     utils.print0(f"step 1: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} rows"
                  f" = {world} ranks x {accumulate} x {micro}")
     engine = utils.train_engine(policy, cfg.lr, micro, accumulate, cfg)
-    log = utils.Log(cfg, total, {"loss": "7.4f", "held_out_loss": "7.4f", "perplexity": "8.2f", "padding": "6.3f", "tokens_per_s": "7.0f"}, every=max(1, total // 30))
+    checkpoint = utils.Checkpoint(cfg, total, engine=engine)
+    start, _ = checkpoint.restore()
+    stream = data.steps(train, lengths, cfg.batch_size, cfg.seed, start)
+    log = utils.Log(cfg, total, {"loss": "7.4f", "held_out_loss": "7.4f", "perplexity": "8.2f", "padding": "6.3f", "tokens_per_s": "7.0f"}, every=max(1, total // 30), start=start)
     clock = utils.Clock()
 
     # ---- training ----
-    for step in range(1, total + 1):
+    for step in range(start + 1, total + 1):
         epoch, indices = next(stream)
         lr = cfg.lr * utils.cosine(step - 1, total)
         utils.set_lr(engine, lr)
-        batches = [collate(train, part, device) for part in utils.deal(indices, lengths, micro, rank, world)]
+        batches = [data.collate(train, part, device) for part in utils.deal(indices, lengths, micro, rank, world)]
         answer_tokens = sum(train.answer_lengths("response")[indices])      # of all ranks: the mean is over the whole batch
-        loss, norm = 0.0, None
+        loss = 0.0
         for tokens, prompt_lens, answer_lens in batches:
             logprobs, _ = engine(tokens, prompt_lens, answer_lens)          # (B, A)
             part = -logprobs.sum() / answer_tokens
             engine.backward(part * world * accumulate)                      # DeepSpeed averages over ranks and divides by accumulate
-            norm = utils.step(engine)
+            norms = utils.step(engine)
             loss += part.item()
         slots, real = utils.all_sum(torch.tensor([sum(t.numel() for t, *_ in batches), lengths[indices].sum() / world]), device).tolist()
         metrics = {"epoch": epoch, "loss": utils.all_sum(loss, device), "lr": lr,
-                   "padding": 1 - real / slots, "tokens_per_s": real / clock.lap(), "grad_norm": norm}
+                   "padding": 1 - real / slots, "tokens_per_s": real / clock.lap(), "grad_norm": norms[0], "skipped": utils.step.skipped}
         if step == total or step % max(1, total // 10) == 0:
             metrics["held_out_loss"] = evaluate(engine, held_out, micro, rank, world, device)
             metrics["perplexity"] = float(np.exp(metrics["held_out_loss"]))
             clock.lap()
         log(step, metrics)
+        checkpoint.save(step)
 
     # ---- a model folder ----
     utils.save_model(policy.lm, tokenizer, cfg.out)
+    checkpoint.finish()
     utils.print0(f"saved {cfg.out}: held-out loss {metrics['held_out_loss']:.4f}, perplexity {metrics['perplexity']:.2f}")
 
 

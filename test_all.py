@@ -657,11 +657,12 @@ def test_ppo_also_runs_on_the_slow_path(chain, toy_file, tmp_path):
     assert metrics[1]["engine_gap_max"] < 1e-3 and metrics[1]["engine_generate_s"] > 0
 
 
-def test_an_unfinished_answer_loses_exactly_the_penalty(chain, toy_file, tmp_path):
+def test_an_unfinished_answer_loses_exactly_the_penalty(chain, toy_file, tmp_path, monkeypatch):
     flags = dict(PPO_STEPS, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file, iterations=1, max_new_tokens=1)
     scores = {}
     for penalty in (0.0, 2.5):
-        train(ppo, tmp_path / "p", **flags, eos_penalty=penalty)
+        monkeypatch.setattr(ppo, "EOS_PENALTY", penalty)
+        train(ppo, tmp_path / "p", **flags)
         scores[penalty] = [json.loads(line) for line in open(tmp_path / "p" / "samples.jsonl")]
     assert any(not s["eos"] for s in scores[0.0])
     for a, b in zip(scores[0.0], scores[2.5]):
@@ -670,10 +671,10 @@ def test_an_unfinished_answer_loses_exactly_the_penalty(chain, toy_file, tmp_pat
 
 def test_with_lora_the_reference_is_the_actors_base_and_the_output_is_a_plain_merged_model(chain, toy_file, tmp_path):
     flags = dict(PPO_STEPS, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file)
-    metrics = train(ppo, tmp_path / "ppo", **flags, lora=4, actor_lr=0.02)
+    metrics = train(ppo, tmp_path / "ppo", **flags, lora="4", actor_lr=0.02)
     assert abs(metrics[1]["kl"]) < 1e-3 < metrics[-1]["kl"], "at first the adapters do nothing"
-    train(sft, tmp_path / "sft", model=chain["sft"][0], data=toy_file, epochs=0.2, lora=2, **STEPS)
-    train(reward, tmp_path / "rm", model=chain["sft"][0], data=toy_file, epochs=0.2, lora=2, **STEPS)
+    train(sft, tmp_path / "sft", model=chain["sft"][0], data=toy_file, epochs=0.2, lora="2", **STEPS)
+    train(reward, tmp_path / "rm", model=chain["sft"][0], data=toy_file, epochs=0.2, lora="2", **STEPS)
     RewardModel.from_pretrained(str(tmp_path / "rm"))
     base, merged = (utils.load_lm(f, torch.float32) for f in (chain["sft"][0], str(tmp_path / "ppo")))
     assert torch.equal(base.model.embed_tokens.weight, merged.model.embed_tokens.weight), "what has no adapter is as it was"

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -191,10 +192,20 @@ def gather_rows(x, value=0):
 # DeepSpeed
 
 
+class AdamW(torch.optim.AdamW):
+    """NOTE: where `skip` is True a step changes nothing, whatever the gradients hold. DeepSpeed's wrappers each have a rule of their own for
+    gradients that are not finite; under this one all models of a script skip together, at every ZeRO stage."""
+    skip = False
+
+    def step(self, closure=None):
+        return None if self.skip else super().step(closure)
+
+
 def train_engine(model, lr, micro_batch, accumulate, cfg, eps=1e-8):
     """DeepSpeed around a model to train: one optimizer, bf16 with fp32 master weights on a GPU, ZeRO as asked for.
-    cfg has zero, dtype and ds_config (a JSON file merged over what stands here)."""
+    cfg has zero, dtype, lora, save_memory and ds_config (a JSON file merged over what stands here)."""
     import deepspeed
+    offload = {"device": "cpu"} if cfg.save_memory in ("offload", "both") and cfg.zero else {"device": "none"}
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulate,
@@ -204,33 +215,71 @@ def train_engine(model, lr, micro_batch, accumulate, cfg, eps=1e-8):
             "stage": cfg.zero,
             "stage3_param_persistence_threshold": 0,      # every parameter is sharded: one rule, and no surprise in memory
             "stage3_prefetch_bucket_size": 0,             # prefetching records one order of layers; RLHF runs several
+            "offload_optimizer": offload,
+            "offload_param": offload if cfg.zero == 3 else {"device": "none"},
         },
         "zero_force_ds_cpu_optimizer": False,             # torch's AdamW: nothing to compile
+        "zero_allow_untested_optimizer": True,            # and below it our own class
         "steps_per_print": 10**9,
     }
     config = merge(config, read_ds_config(cfg.ds_config))
     buffers = {n: b.clone() for n, b in model.named_buffers() if b.dtype == torch.float32}
-    params = [p for p in model.parameters() if p.requires_grad]
+    lm = getattr(model, "lm", None) or model.model
+    if cfg.save_memory in ("recompute", "both"):
+        lm.gradient_checkpointing_enable({"use_reentrant": True})  # NOTE: ZeRO-3 lets go of weights that the other kind wants to find again
+        lm.enable_input_require_grads()                            # else nothing is recomputed under frozen weights
+    adapters = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith(("lora_A", "lora_B"))]
+    others = [p for n, p in model.named_parameters() if p.requires_grad and not n.endswith(("lora_A", "lora_B"))]
+    groups = [{"params": adapters, "scale": (lora_spec(cfg.lora)["lr"] or lr) / lr if lr else 1.0}, {"params": others, "scale": 1.0}]
+    groups = [g for g in groups if g["params"]]
+    trained = [p for g in groups for p in g["params"]]
     # 0.99: between the 0.95 of InstructGPT's large batches and 0.999; a second moment over some hundred steps suits small ones
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), eps=eps, weight_decay=0.0)
+    optimizer = AdamW(groups, lr=lr, betas=(0.9, 0.99), eps=eps, weight_decay=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     restore_buffers(engine.module, buffers)
+    engine.train(cfg.save_memory in ("recompute", "both"))  # transformers recomputes in training mode only; dropout is 0 in either, see load_config
+    engine.trained, engine.bad = trained, torch.zeros((), device=engine.device)
+
+    def look(gradient):
+        engine.bad.add_(~gradient.sum().isfinite())
+    for p in trained:  # before gradients are reduced, so it needs nothing of ZeRO
+        p.register_hook(look)
     return engine
 
 
+def masters(engine):
+    """The float32 weights that the optimizer changes, as it keeps them on this rank: tensors of its own, flat shards under ZeRO."""
+    if engine.zero_optimization_stage() == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return [p for g in engine.basic_optimizer.param_groups for p in g["params"]]
+
+
 def frozen_engine(model, device, cfg):
-    """A model that is only asked: plain on this rank's device, or sharded where ZeRO-3 shards everything."""
+    """A model that is only asked: plain on this rank's device, or sharded where ZeRO-3 shards everything. Offloaded, it waits on the CPU: see `near`."""
     model.requires_grad_(False).eval()
+    away = cfg.save_memory in ("offload", "both")
     if cfg.zero < 3:
-        return model.to(device, precision(cfg.dtype))
+        return model.to("cpu" if away else device, precision(cfg.dtype))
     import deepspeed
     config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": precision(cfg.dtype) == torch.bfloat16}, "steps_per_print": 10**9,
-              "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}}
+              "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0,
+                                    "offload_param": {"device": "cpu" if away else "none"}}}
     buffers = {n: b.clone() for n, b in model.named_buffers() if b.dtype == torch.float32}
     engine, *_ = deepspeed.initialize(model=model, config=config)
     restore_buffers(engine.module, buffers)
     engine.eval()
     return engine
+
+
+@contextlib.contextmanager
+def near(device, *models):
+    """Within: offloaded frozen models are on the device."""
+    away = [m for m in models if m is not None and not hasattr(m, "module") and next(m.parameters()).device != device]
+    for m in away:
+        m.to(device)
+    yield
+    for m in away:
+        m.to("cpu")
 
 
 def restore_buffers(module, buffers):
@@ -261,17 +310,73 @@ def read_ds_config(path):
 
 def set_lr(engine, lr):
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)
 
 
-def step(engine):
-    """engine.step(), which acts only after the last of the accumulated micro batches; returns the gradient's norm before clipping,
-    or None in between."""
-    last, norm = engine.is_gradient_accumulation_boundary(), None
-    if last and engine.zero_optimization_stage() == 0 and engine.get_global_grad_norm() is None:  # plain fp32: DeepSpeed keeps no record
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    engine.step()
-    return float(norm if norm is not None else engine.get_global_grad_norm()) if last else None
+PATIENCE = 5  # steps in a row without a finite gradient, before a run gives up
+
+
+def step(*engines):
+    """engine.step() of each, which acts only after the last of the accumulated micro batches. Where a gradient of any of them is not finite on any
+    rank, none of them takes the step, anywhere. Returns the norms of the gradients before clipping, None where not finite; () in between."""
+    if not engines[0].is_gradient_accumulation_boundary():
+        for e in engines:
+            e.step()
+        return ()
+    bad = sum(e.bad for e in engines)
+    dist.all_reduce(bad)
+    step.in_a_row, step.skipped = step.in_a_row + 1 if bad else 0, step.skipped + int(bad > 0)
+    norms = []
+    for e in engines:
+        norm = None
+        if e.zero_optimization_stage() == 0 and e.get_global_grad_norm() is None:  # plain fp32: DeepSpeed keeps no record
+            norm = torch.nn.utils.get_total_norm([p.grad for p in e.module.parameters() if p.grad is not None])
+        e.basic_optimizer.skip = bool(bad)
+        e.step()
+        e.bad.zero_()
+        norms.append(None if bad else float(norm if norm is not None else e.get_global_grad_norm()))
+    if step.in_a_row >= PATIENCE:
+        raise UserError(f"the last {PATIENCE} steps had a loss or a gradient that is not finite, and were skipped: take a lower learning rate, then start "
+                        "again; if the very first steps did, look at the data and at the model's dtype")
+    return norms
+
+
+step.skipped = step.in_a_row = 0
+
+
+class EMA:
+    """Exponential moving average of what is trained: float32, of the float32 master weights, sharded as the optimizer shards them (Ouyang et al. 2022,
+    appendix C.4, take 0.992). In 16 bit it would hardly move: 1 - decay of a difference is below the last bit."""
+
+    def __init__(self, engine, decay, cpu=False):
+        self.engine, self.decay = engine, decay
+        self.average = [m.detach().clone().to("cpu" if cpu else m.device) for m in masters(engine)]
+
+    @torch.no_grad()
+    def update(self):
+        """Once an optimizer step."""
+        for a, m in zip(self.average, masters(self.engine)):
+            a.lerp_(m.detach().to(a.device), 1 - self.decay)
+
+    @torch.no_grad()
+    def whole(self):
+        """{parameter: its average, whole}, gathered one by one as they are asked for: see whole_state."""
+        from deepspeed.utils import safe_get_full_fp32_param
+        if self.engine.zero_optimization_stage() == 0:
+            at = {p: i for i, p in enumerate(self.engine.trained)}
+            return lambda p: self.average[at[p]] if p in at else p.detach()
+        return lambda p: safe_get_full_fp32_param(p) if p.requires_grad else p.detach()
+
+    @torch.no_grad()
+    def save(self, lm, tokenizer, out):
+        """A model folder. The average takes the masters' place while it is gathered."""
+        ms = masters(self.engine)
+        kept = [m.detach().clone() for m in ms]
+        for m, a in zip(ms, self.average):
+            m.data.copy_(a)
+        save_model(lm, tokenizer, out, value=self.whole())
+        for m, k in zip(ms, kept):
+            m.data.copy_(k)
 
 
 def memory_gib():
@@ -440,14 +545,39 @@ def adapters_off():
         LoRA.on = True
 
 
-def add_lora(model, rank):
-    """Freezes a model and puts adapters beside every linear layer of its blocks (not the embedding, not the output layer); a scalar head
-    stays trainable. alpha is twice the rank, so that the learning rate need not change with the rank."""
+def lora_spec(text):
+    """'8' or '8,alpha=16,lr=1e-3,targets=q_proj+v_proj' to a dict. alpha: twice the rank where it is not said, so that the learning rate need not
+    change with the rank; lr None: that of the other weights; targets (): every linear layer of the blocks. '' is rank 0: no adapters."""
+    spec = {"rank": 0, "alpha": None, "lr": None, "targets": ()}
+    try:
+        rank, *more = str(text).split(",") if text else ["0"]
+        spec["rank"] = int(rank)
+        for item in more:
+            key, value = item.split("=")
+            spec[key] = {"alpha": float, "lr": float, "targets": lambda v: tuple(v.split("+"))}[key](value)
+        assert spec["rank"] >= 0
+    except (ValueError, KeyError, AssertionError):
+        raise UserError(f"--lora {text}: write a rank, and if you like more behind it, such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj") from None
+    return {**spec, "alpha": spec["alpha"] or 2 * spec["rank"]}
+
+
+def add_lora(model, text):
+    """Freezes a model and puts adapters beside the linear layers of its blocks (not the embedding, not the output layer); a scalar head stays
+    trainable. text: see lora_spec."""
+    spec, hit = lora_spec(text), set()
+    if not spec["rank"]:
+        return model
     model.requires_grad_(False)
     for name, m in list(model.base_model.named_modules()):
         if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D":
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.base_model.get_submodule(owner), leaf, LoRA(m, rank, 2 * rank))
+            target = next((t for t in spec["targets"] if name == t or name.endswith("." + t)), None)
+            if target or not spec["targets"]:
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.base_model.get_submodule(owner), leaf, LoRA(m, spec["rank"], spec["alpha"]))
+                hit.add(target)
+    if missed := set(spec["targets"]) - hit:
+        leaves = sorted({n.rpartition(".")[2] for n, m in model.base_model.named_modules() if isinstance(m, (nn.Linear, LoRA)) and not n.endswith(".base")})
+        raise UserError(f"--lora {text}: this model has no layer {sorted(missed)[0]!r}; it has {', '.join(leaves)}")
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
     return model
@@ -472,33 +602,143 @@ def gathered(*params):
 
 
 @torch.no_grad()
-def whole_state(model):
+def whole_state(model, value=torch.Tensor.detach):
     """Names and whole tensors on the CPU, on rank 0 (elsewhere {}), gathered a few at a time. Adapters are merged into copies of their
-    base, so the names are those of the model without them."""
+    base, so the names are those of the model without them. value(parameter) is what is saved of it."""
     out, adapters = {}, {name + ".base.weight": m for name, m in model.named_modules() if isinstance(m, LoRA)}
     for name, p in model.named_parameters():
         if name.rpartition(".")[2] in ("lora_A", "lora_B"):
             continue
         lora = adapters.get(name)
-        with gathered(p, *((lora.lora_A, lora.lora_B) if lora else ())):
+        params = (p, lora.lora_A, lora.lora_B) if lora else (p,)
+        with gathered(*params):
+            w, *AB = [value(q).cpu().clone() for q in params]  # perhaps a collective: on every rank
             if dist.get_rank() == 0:
-                w = p.detach().cpu().clone()
                 if lora:
-                    delta = lora.scale * (lora.lora_B.float() @ lora.lora_A.float()).cpu()
-                    w = (w.float() + (delta.T if type(lora.base).__name__ == "Conv1D" else delta)).to(w.dtype)
-                out[name.replace(".base.", ".")] = w
+                    delta = lora.scale * (AB[1].float() @ AB[0].float())
+                    w = w.float() + (delta.T if type(lora.base).__name__ == "Conv1D" else delta)
+                out[name.replace(".base.", ".")] = w.to(p.dtype)
     return out
 
 
-def save_model(lm, tokenizer, out, **config):
-    """A folder that `from_pretrained` loads with nothing of ours installed. lm: the HF model; config: more entries for its config."""
-    state = whole_state(lm)
+def save_model(lm, tokenizer, out, value=torch.Tensor.detach, **config):
+    """A folder that `from_pretrained` loads with nothing of ours installed. lm: the HF model; config: more entries for its config. Adapters are merged
+    into it; beside them stands adapters/, in PEFT's format, without the base."""
+    state, adapters = whole_state(lm, value), adapter_state(lm, value)
     if dist.get_rank() == 0:
         for k, v in config.items():
             setattr(lm.config, k, v)
         lm.save_pretrained(out, state_dict=state)
         tokenizer.save_pretrained(out)
+        if adapters:
+            from safetensors.torch import save_file
+            loras = {name: m for name, m in lm.named_modules() if isinstance(m, LoRA)}
+            first = next(iter(loras.values()))
+            head = ["score"] if hasattr(lm, "score") else None
+            (Path(out) / "adapters").mkdir(exist_ok=True)
+            save_file(adapters, Path(out) / "adapters" / "adapter_model.safetensors")
+            (Path(out) / "adapters" / "adapter_config.json").write_text(json.dumps({
+                "peft_type": "LORA", "task_type": "SEQ_CLS" if head else "CAUSAL_LM", "base_model_name_or_path": lm.config._name_or_path or None,
+                "r": len(first.lora_A), "lora_alpha": first.scale * len(first.lora_A), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+                "fan_in_fan_out": type(first.base).__name__ == "Conv1D", "target_modules": sorted(loras), "modules_to_save": head}, indent=1))
     dist.barrier()
+
+
+@torch.no_grad()
+def adapter_state(lm, value=torch.Tensor.detach):
+    """Adapters and, where there is one, the scalar head, under the names that PEFT gives them; on rank 0 (elsewhere {}), and {} without adapters."""
+    out, head = {}, "score.weight"
+    for name, p in lm.named_parameters():
+        if name.rpartition(".")[2] in ("lora_A", "lora_B") or name == head and any(isinstance(m, LoRA) for m in lm.modules()):
+            with gathered(p):
+                w = value(p).cpu().to(p.dtype).clone()
+                if dist.get_rank() == 0:
+                    out[f"base_model.model.{name}" + ("" if name == head else ".weight")] = w
+    return out
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+CHECKPOINTS, KEPT = 10, 2  # written in a run, at equal distances; the last so many are kept
+
+
+class Checkpoint:
+    """What a run needs to go on as if nothing had happened: OUT/checkpoint/STEP with the weights and optimizers of all engines, averages, random
+    states, and what the script adds. It is written beside and renamed, so one that is there is whole. A finished run keeps none."""
+
+    def __init__(self, cfg, total, ema=None, **engines):
+        self.cfg, self.total, self.ema, self.engines = cfg, total, ema, {k: e for k, e in engines.items() if e is not None}
+        self.folder, self.run_json = Path(cfg.out) / "checkpoint", Path(cfg.out) / "run.json"
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def restore(self):
+        """With --resume: (last complete step, what the script added to it); else, and where there is none yet, (0, {})."""
+        if not self.cfg.resume:
+            dist.barrier()
+            if self.rank == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run into this folder
+            return 0, {}
+        run = json.loads(self.run_json.read_text()) if self.run_json.exists() else {}
+        now = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in ("resume", "out", "micro_batch")}
+        for key, v in now.items():
+            if run and (was := run["config"].get(key, v)) != v:
+                raise UserError(f"--resume: {self.run_json} says that --{key.replace('_', '-')} was {was!r}, and now it is {v!r}; a run goes on as it began")
+        if run.get("finished"):
+            print0(f"{self.cfg.out} is finished: nothing is left to do")
+            dist.barrier()
+            sys.stdout.flush()
+            raise SystemExit(0)
+        steps = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
+        if not steps:
+            print0(f"--resume: no checkpoint in {self.folder} yet: starting from the beginning")
+            return 0, {}
+        folder = self.folder / str(steps[-1])
+        state = json.loads((folder / "state.json").read_text())
+        if state["world"] != self.world and self.cfg.zero:
+            raise UserError(f"--resume: {folder} was written by {state['world']} ranks, and now there are {self.world}: ZeRO keeps a part on each. Start "
+                            f"{state['world']} ranks, or make its weights a model file with `python {folder}/{next(iter(self.engines))}/zero_to_fp32.py`")
+        for name, engine in self.engines.items():
+            engine.load_checkpoint(folder, tag=name, load_module_strict=False)  # frozen weights are not in it
+        mine = torch.load(folder / f"rank-{self.rank if self.cfg.zero else 0}.pt", weights_only=False)
+        torch.set_rng_state(mine["torch"]), np.random.set_state(mine["numpy"]), random.setstate(mine["python"])
+        if torch.cuda.is_available() and mine["cuda"] is not None:
+            torch.cuda.set_rng_state(mine["cuda"])
+        if self.ema:
+            for a, b in zip(self.ema.average, mine["ema"]):
+                a.copy_(b)
+        step.skipped, step.in_a_row = state["skipped"]
+        print0(f"--resume: goes on after step {steps[-1]} of {self.total}")
+        return steps[-1], state["added"]
+
+    def save(self, at, **added):
+        """added: numbers, strings, lists and dicts that the script wants back."""
+        if at % max(1, self.total // CHECKPOINTS) or at == self.total:
+            return
+        new = self.folder / f"{at}.new"
+        if self.rank == 0:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+        dist.barrier()
+        for name, engine in self.engines.items():
+            engine.save_checkpoint(new, tag=name, save_latest=False, exclude_frozen_parameters=True)
+        torch.save({"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate(),
+                    "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None, "ema": self.ema and self.ema.average}, new / f"rank-{self.rank}.pt")
+        if self.rank == 0:
+            (new / "state.json").write_text(json.dumps({"world": self.world, "skipped": [step.skipped, step.in_a_row], "added": added}))
+        dist.barrier()
+        if self.rank == 0:
+            shutil.rmtree(self.folder / str(at), ignore_errors=True)
+            new.rename(self.folder / str(at))
+            for old in sorted((p for p in self.folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name))[:-KEPT]:
+                shutil.rmtree(old)
+
+    def finish(self):
+        """The folder holds the result: nothing is left to resume."""
+        dist.barrier()
+        if self.rank == 0:
+            write_whole(self.run_json, json.dumps({**json.loads(self.run_json.read_text()), "finished": True}, indent=1))
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 # -----------------------------------------------------------------------------
@@ -519,12 +759,33 @@ class Clock:
         return seconds
 
 
+def open_lines(path, key, last):
+    """A file of JSON lines to append to, with the lines up to the step `last` kept: what came after a checkpoint comes again."""
+    kept = []
+    if last and path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)[key] <= last:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                break  # cut off in the middle, so it came after the checkpoint
+    write_whole(path, "".join(kept))
+    return open(path, "a")
+
+
+def write_whole(path, text):
+    """The old file or the new one, whenever the process ends."""
+    beside = Path(f"{path}.new")
+    beside.write_text(text)
+    beside.rename(path)
+
+
 class Log:
     """One line a step on the screen, with fixed columns; the same numbers and all others in metrics.jsonl; run.json beside it."""
 
-    def __init__(self, cfg, total, columns, every=1):
-        """columns: {metric: format}, e.g. {"loss": "8.4f"}. every: of how many steps one is printed."""
-        self.out, self.total, self.columns, self.every = Path(cfg.out), total, columns, every
+    def __init__(self, cfg, total, columns, every=1, start=0):
+        """columns: {metric: format}, e.g. {"loss": "8.4f"}. every: of how many steps one is printed. start: the step that a resumed run goes on after."""
+        self.out, self.total, self.columns, self.every, self.first = Path(cfg.out), total, columns, every, start
         self.start, self.tty = time.time(), sys.stdout.isatty()
         self.rank0 = os.environ.get("RANK", "0") == "0"
         if not self.rank0:
@@ -534,15 +795,15 @@ class Log:
         import deepspeed
         import transformers
         versions = {m.__name__: m.__version__ for m in (torch, deepspeed, transformers, np)}
-        (self.out / "run.json").write_text(json.dumps({"script": Path(sys.argv[0]).name, "config": dataclasses.asdict(cfg), "world": dist.get_world_size(),
+        write_whole(self.out / "run.json", json.dumps({"script": Path(sys.argv[0]).name, "config": dataclasses.asdict(cfg), "world": dist.get_world_size(),
                                                        "versions": versions, "git": git or None}, indent=1))
-        self.file = open(self.out / "metrics.jsonl", "w")
+        self.file = open_lines(self.out / "metrics.jsonl", "step", start)
         print0("  step" + " " * (len(str(total)) * 2 - 3) + "".join(f" {k:>{max(len(k), int(f.split('.')[0]))}}" for k, f in columns.items()) + "  left")
 
     def write(self, step, metrics):
         """Only to the file."""
         if self.rank0:
-            self.file.write(json.dumps({"step": step, **{k: v for k, v in metrics.items() if v is not None}}) + "\n")
+            self.file.write(json.dumps({"step": step, **{k: v for k, v in metrics.items() if v is not None and np.isfinite(v)}}) + "\n")
             self.file.flush()
 
     def __call__(self, step, metrics):
@@ -550,7 +811,7 @@ class Log:
         self.write(step, metrics)
         if not self.rank0:
             return
-        left = (time.time() - self.start) / step * (self.total - step)
+        left = (time.time() - self.start) / (step - self.first) * (self.total - step)
         bar = "━" * (n := 10 * step // self.total) + "╌" * (10 - n)
         cells = "".join(f" {format(metrics[k], f) if k in metrics else '-':>{max(len(k), int(f.split('.')[0]))}}" for k, f in self.columns.items())
         line = f"{step:>{len(str(self.total))}}/{self.total} {cells}  {int(left // 60)}:{int(left % 60):02d} {bar}"
