@@ -429,7 +429,7 @@ def main(cfg):
             "entropy": entropy, "length": batch.answer_lens.float().mean().item(), "eos_rate": finished.float().mean().item(),
             "actor_loss": pi, "ratio_mean": ratio, "ratio_max": ratio_max.item(), "approx_kl": approx_kl, "steps": steps, "clip_frac": clipped,
             "advantage_mean": raw[mask].mean().item(), "advantage_std": raw[mask].std(unbiased=False).item(),
-            "actor_grad_norm": norms[0], "actor_lr": cfg.actor_lr * scale, "skipped": utils.step.skipped,
+            "actor_grad_norm": norms[0], "actor_lr": cfg.actor_lr * scale, "skipped": utils.Skipped.total,
             "engine_gap_mean": gap.mean().item(), "engine_gap_max": gap.max().item(),
             "rollout_s": rollout_s, "score_s": score_s, "update_s": update_s, "tokens_per_s": tokens_sampled / rollout_s,
             "memory_gib": utils.memory_gib(), **{f"engine_{k}": v for k, v in engine.stats.items()},

@@ -176,7 +176,7 @@ def main(cfg):
         loss, right, margin, slots = utils.all_sum(sums, device).tolist()
         real = sum(train.lengths(w)[indices].sum() for w in ("chosen", "rejected"))
         metrics = {"epoch": epoch, "loss": loss, "accuracy": right / cfg.batch_size, "margin": margin / cfg.batch_size,
-                   "lr": lr, "padding": 1 - real / slots, "grad_norm": norms[0], "skipped": utils.step.skipped}
+                   "lr": lr, "padding": 1 - real / slots, "grad_norm": norms[0], "skipped": utils.Skipped.total}
         if step == total or step % max(1, total // 10) == 0:
             chosen, rejected = scores_of(engine, held_out, np.arange(min(len(held_out), EVAL_ROWS)), micro, rank, world, device).unbind(1)
             metrics.update(held_out_accuracy=(chosen > rejected).float().mean().item(), held_out_margin=(chosen - rejected).mean().item(),

@@ -94,7 +94,7 @@ def main(cfg):
             loss += part.item()
         slots, real = utils.all_sum(torch.tensor([sum(t.numel() for t, *_ in batches), lengths[indices].sum() / world]), device).tolist()
         metrics = {"epoch": epoch, "loss": utils.all_sum(loss, device), "lr": lr,
-                   "padding": 1 - real / slots, "tokens_per_s": real / clock.lap(), "grad_norm": norms[0], "skipped": utils.step.skipped}
+                   "padding": 1 - real / slots, "tokens_per_s": real / clock.lap(), "grad_norm": norms[0], "skipped": utils.Skipped.total}
         if step == total or step % max(1, total // 10) == 0:
             metrics["held_out_loss"] = evaluate(engine, held_out, micro, rank, world, device)
             metrics["perplexity"] = float(np.exp(metrics["held_out_loss"]))

@@ -113,7 +113,8 @@ def boot(seed):
     importlib.import_module("deepspeed.comm.torch")
     if not cuda:  # DeepSpeed would compile C++ for two minutes, for a collective that gloo has
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # recomputing, where nothing is trained
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are of our AdamW, and of skipped steps, which we say ourselves
     quiet()
     rank, device = int(os.environ["RANK"]), torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -316,6 +317,11 @@ def set_lr(engine, lr):
 PATIENCE = 5  # steps in a row without a finite gradient, before a run gives up
 
 
+class Skipped:
+    """Steps that were not taken, of the run and in a row."""
+    total = in_a_row = 0
+
+
 def step(*engines):
     """engine.step() of each, which acts only after the last of the accumulated micro batches. Where a gradient of any of them is not finite on any
     rank, none of them takes the step, anywhere. Returns the norms of the gradients before clipping, None where not finite; () in between."""
@@ -325,7 +331,9 @@ def step(*engines):
         return ()
     bad = sum(e.bad for e in engines)
     dist.all_reduce(bad)
-    step.in_a_row, step.skipped = step.in_a_row + 1 if bad else 0, step.skipped + int(bad > 0)
+    Skipped.in_a_row, Skipped.total = Skipped.in_a_row + 1 if bad else 0, Skipped.total + int(bad > 0)
+    if bad:
+        print0("    warning: a loss or a gradient is not finite: no model takes this step")
     norms = []
     for e in engines:
         norm = None
@@ -335,13 +343,10 @@ def step(*engines):
         e.step()
         e.bad.zero_()
         norms.append(None if bad else float(norm if norm is not None else e.get_global_grad_norm()))
-    if step.in_a_row >= PATIENCE:
+    if Skipped.in_a_row >= PATIENCE:
         raise UserError(f"the last {PATIENCE} steps had a loss or a gradient that is not finite, and were skipped: take a lower learning rate, then start "
                         "again; if the very first steps did, look at the data and at the model's dtype")
     return norms
-
-
-step.skipped = step.in_a_row = 0
 
 
 class EMA:
@@ -674,6 +679,7 @@ class Checkpoint:
 
     def restore(self):
         """With --resume: (last complete step, what the script added to it); else, and where there is none yet, (0, {})."""
+        Skipped.total = Skipped.in_a_row = 0
         if not self.cfg.resume:
             dist.barrier()
             if self.rank == 0:
@@ -707,7 +713,7 @@ class Checkpoint:
         if self.ema:
             for a, b in zip(self.ema.average, mine["ema"]):
                 a.copy_(b)
-        step.skipped, step.in_a_row = state["skipped"]
+        Skipped.total, Skipped.in_a_row = state["skipped"]
         print0(f"--resume: goes on after step {steps[-1]} of {self.total}")
         return steps[-1], state["added"]
 
@@ -725,7 +731,7 @@ class Checkpoint:
         torch.save({"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate(),
                     "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None, "ema": self.ema and self.ema.average}, new / f"rank-{self.rank}.pt")
         if self.rank == 0:
-            (new / "state.json").write_text(json.dumps({"world": self.world, "skipped": [step.skipped, step.in_a_row], "added": added}))
+            (new / "state.json").write_text(json.dumps({"world": self.world, "skipped": [Skipped.total, Skipped.in_a_row], "added": added}))
         dist.barrier()
         if self.rank == 0:
             shutil.rmtree(self.folder / str(at), ignore_errors=True)
