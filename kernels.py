@@ -595,7 +595,7 @@ class TokenLogprobs(torch.autograd.Function):
         count = -(-len(hidden) // most)
         for i in range(count):
             part = slice(len(hidden) * i // count, len(hidden) * (i + 1) // count)
-            yield part, F.linear(hidden[part], weight)
+            yield part, linear(hidden[part], weight)
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
@@ -613,7 +613,7 @@ class TokenLogprobs(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part, z in TokenLogprobs.chunks(hidden, weight):
             dz = logit_grads(z, targets[part], lse[part], entropy[part], g[part], g_entropy[part], ctx.temperature)
-            d_hidden[part] = dz @ weight                                                  # (n, E)
+            d_hidden[part] = linear(dz, weight.T)                                         # (n, E)
             if d_weight is not None and dz.dtype == torch.float32:
                 d_weight.addmm_(dz.T, hidden[part])                                       # (V, E)
             elif d_weight is not None:
