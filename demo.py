@@ -6,6 +6,7 @@ Runs sft.py, reward.py and ppo.py with nothing but --seed, --model and --out, re
 curves.png and summary.json. Every number is measured on held-out prompts, answered by sampling at temperature 1.
 """
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -74,6 +75,7 @@ def main(cfg):
     for script, flags in runs.items():
         command = [f"{script}.py", *map(str, flags), "--out", str(out / script), "--seed", str(cfg.seed)]
         print(f"\n$ python {' '.join(command)}", flush=True)
+        shutil.rmtree(out / script / "checkpoint", ignore_errors=True)  # of a demo that was interrupted
         start = time.time()
         here = Path(__file__).parent
         if subprocess.run([sys.executable, str(here / command[0]), *command[1:]]).returncode:

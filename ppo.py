@@ -228,7 +228,10 @@ def load_function(spec):
     if not path.is_file() or not name:
         raise utils.UserError(f"--reward {spec}: " + (f"there is no file {path}" if name else "write file.py:function"))
     module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(path.stem, path))
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except Exception as e:
+        raise utils.UserError(f"--reward {spec}: {path} cannot be imported: {type(e).__name__}({e})") from e
     if not callable(function := getattr(module, name, None)):
         raise utils.UserError(f"--reward {spec}: {path} has no function {name!r}")
 
@@ -262,7 +265,7 @@ def main(cfg):
     eos, template = tokenizer.eos_token_id, data.check_template(cfg.template)
     rule = load_function(cfg.reward) if cfg.reward else None
     actor = utils.Policy(utils.add_lora(utils.load_lm(cfg.model, dtype), cfg.lora))
-    ref = None if cfg.lora else utils.frozen_engine(utils.Policy(utils.load_lm(cfg.model, dtype)), device, cfg)  # else the actor with its adapters off
+    ref = None if utils.lora_spec(cfg.lora)["rank"] else utils.frozen_engine(utils.Policy(utils.load_lm(cfg.model, dtype)), device, cfg)  # or the actor, adapters off
     critic = RewardModel.from_pretrained(cfg.reward_model, dtype) if cfg.reward_model else RewardModel.from_lm(cfg.model, dtype)
     reward_model = utils.frozen_engine(RewardModel.from_pretrained(cfg.reward_model, dtype), device, cfg) if cfg.reward_model else None
     context = min(utils.context_length(m.config) for m in (actor.lm, critic and critic.model) if m)

@@ -823,6 +823,9 @@ def test_a_function_can_be_the_reward_alone_or_beside_the_model(flags, tmp_path)
                     "def fails(prompts, answers):\n    return [1 / (len(p) - len(prompts[0]) if 'sort' in p else 1) for p in prompts]\n"
                     "def short(prompts, answers):\n    return [1.0]\n"
                     "def nan(prompts, answers):\n    return [float('nan')] * len(prompts)\n")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    with pytest.raises(utils.UserError, match=r"broken.py cannot be imported: SyntaxError"):
+        ppo.load_function(f"{tmp_path}/broken.py:f")
     def samples(name, **more):
         train(ppo, tmp_path / name, **{**flags, **more})
         return [json.loads(line) for line in open(tmp_path / name / "samples.jsonl")]
@@ -940,6 +943,8 @@ def test_resuming_says_what_it_cannot_do(chain, toy_file, tmp_path, capsys):
     np.testing.assert_allclose([r["loss"] for r in train(sft, tmp_path / "whole", **{**flags, "zero": 0}, resume=True)], [r["loss"] for r in done], rtol=1e-4,
                                err_msg="ZeRO 0 keeps everything on every rank, so one rank can go on where two were")
     ranks(2, _die_after, str(tmp_path / "two"), flags)
+    with pytest.raises(utils.UserError, match="holds a run that did not end, up to step 3: go on with --resume"):
+        sft.main(sft.Config(out=str(tmp_path / "two"), **flags))
     with pytest.raises(utils.UserError, match="was written by 2 ranks, and now there are 1.*zero_to_fp32.py"):
         sft.main(sft.Config(out=str(tmp_path / "two"), resume=True, **flags))
 

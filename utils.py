@@ -680,10 +680,10 @@ class Checkpoint:
     def restore(self):
         """With --resume: (last complete step, what the script added to it); else, and where there is none yet, (0, {})."""
         Skipped.total = Skipped.in_a_row = 0
+        steps = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
         if not self.cfg.resume:
-            dist.barrier()
-            if self.rank == 0:
-                shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run into this folder
+            if steps:
+                raise UserError(f"{self.folder} holds a run that did not end, up to step {steps[-1]}: go on with --resume, or remove that folder, or take another --out")
             return 0, {}
         run = json.loads(self.run_json.read_text()) if self.run_json.exists() else {}
         now = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in ("resume", "out", "micro_batch")}
@@ -695,7 +695,6 @@ class Checkpoint:
             dist.barrier()
             sys.stdout.flush()
             raise SystemExit(0)
-        steps = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
         if not steps:
             print0(f"--resume: no checkpoint in {self.folder} yet: starting from the beginning")
             return 0, {}
