@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -415,7 +416,7 @@ def try_to_fit(cfg, name):
 
 def fit(cfg, peak):
     """Two iterations of PPO with actors of growing size, until one does not fit: all weights trained, then LoRA with recomputing. Critic and reward model: --critic."""
-    total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else __import__("psutil").virtual_memory().available
+    total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().available
     context, rows = torch.multiprocessing.get_context("spawn"), []
     for how, options in (("all weights", {"save_memory": "no"}), ("LoRA 8, recompute", {"lora": "8", "save_memory": "recompute"})):
         for name in (n for n in SHAPES if n.startswith("opt-") and n != "opt-4x256"):
@@ -428,8 +429,8 @@ def fit(cfg, peak):
                 job = pool.apply_async(try_to_fit, (dataclasses.replace(cfg, critic=cfg.critic or "opt-350m", **options), name))
                 gib, error = None, None
                 while not job.ready():
-                    job.wait(1)
-                    if not all(p.is_alive() for p in pool._pool) or not torch.cuda.is_available() and __import__("psutil").virtual_memory().available < 2**30:
+                    job.wait(0.1)
+                    if not all(p.is_alive() for p in pool._pool) or not torch.cuda.is_available() and psutil.virtual_memory().available < 2 * 2**30:
                         error = "out of memory"
                         break
                 else:
