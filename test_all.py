@@ -751,6 +751,15 @@ def test_zero_lora_offload_recomputing_and_ranks_in_every_combination_train_as_o
             assert moved > 0 and (got - ref).norm() < 0.05 * moved, f"{case}: {(got - ref).norm() / moved:.3f} of the way that the weights went"
 
 
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_bfloat16_trains_at_every_stage_from_float32_masters(zero, chain, toy_file, tmp_path):
+    flags = dict(PPO_STEPS, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file, iterations=2, zero=zero)
+    half, full = (train(ppo, tmp_path / dtype, **flags, dtype=dtype) for dtype in ("bf16", "fp32"))
+    assert half[1]["score"] == pytest.approx(full[1]["score"], abs=0.5) and abs(half[1]["kl"]) < 0.2 and half[1]["engine_gap_mean"] < 0.05
+    start, after, other = (utils.load_lm(f, torch.float32).model.layers[1].mlp.up_proj.weight.detach() for f in (chain["sft"][0], str(tmp_path / "bf16"), str(tmp_path / "fp32")))
+    assert 0.2 < (after - start).norm() / (other - start).norm() < 5, "updates below the last bit of bfloat16 gather in the masters"
+
+
 def test_recomputing_runs_each_layer_again_in_the_backward_pass():
     utils.boot(0)
     calls = {}
@@ -945,8 +954,10 @@ def test_resuming_says_what_it_cannot_do(chain, toy_file, tmp_path, capsys):
     ranks(2, _die_after, str(tmp_path / "two"), flags)
     with pytest.raises(utils.UserError, match="holds a run that did not end, up to step 3: go on with --resume"):
         sft.main(sft.Config(out=str(tmp_path / "two"), **flags))
-    with pytest.raises(utils.UserError, match="was written by 2 ranks, and now there are 1.*zero_to_fp32.py"):
+    with pytest.raises(utils.UserError, match="was written by 2 ranks, and now there are 1.*zero_to_fp32.py") as said:
         sft.main(sft.Config(out=str(tmp_path / "two"), resume=True, **flags))
+    code, out = command(*shlex.split(re.search("`python (.*)`", str(said.value))[1]))
+    assert code == 0 and list((tmp_path / "two/checkpoint/3/weights").glob("*")), f"the command that it names works: {out}"
 
 
 def _die_after(out, flags):

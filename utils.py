@@ -206,14 +206,15 @@ def train_engine(model, lr, micro_batch, accumulate, cfg, eps=1e-8):
     """DeepSpeed around a model to train: one optimizer, bf16 with fp32 master weights on a GPU, ZeRO as asked for.
     cfg has zero, dtype, lora, save_memory and ds_config (a JSON file merged over what stands here)."""
     import deepspeed
-    offload = {"device": "cpu"} if cfg.save_memory in ("offload", "both") and cfg.zero else {"device": "none"}
+    away = cfg.save_memory in ("offload", "both")
+    offload = {"device": "cpu" if away else "none"}
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": precision(cfg.dtype) == torch.bfloat16},
         "zero_optimization": {
-            "stage": cfg.zero,
+            "stage": max(cfg.zero, int(away)),            # DeepSpeed offloads from stage 1 on; on one rank 1 is 0
             "stage3_param_persistence_threshold": 0,      # every parameter is sharded: one rule, and no surprise in memory
             "stage3_prefetch_bucket_size": 0,             # prefetching records one order of layers; RLHF runs several
             "offload_optimizer": offload,
@@ -676,6 +677,7 @@ class Checkpoint:
         self.cfg, self.total, self.ema, self.engines = cfg, total, ema, {k: e for k, e in engines.items() if e is not None}
         self.folder, self.run_json = Path(cfg.out) / "checkpoint", Path(cfg.out) / "run.json"
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.sharded = any(e.zero_optimization_stage() for e in self.engines.values())
 
     def restore(self):
         """With --resume: (last complete step, what the script added to it); else, and where there is none yet, (0, {})."""
@@ -700,12 +702,12 @@ class Checkpoint:
             return 0, {}
         folder = self.folder / str(steps[-1])
         state = json.loads((folder / "state.json").read_text())
-        if state["world"] != self.world and self.cfg.zero:
+        if state["world"] != self.world and self.sharded:
             raise UserError(f"--resume: {folder} was written by {state['world']} ranks, and now there are {self.world}: ZeRO keeps a part on each. Start "
-                            f"{state['world']} ranks, or make its weights a model file with `python {folder}/{next(iter(self.engines))}/zero_to_fp32.py`")
+                            f"{state['world']} ranks, or put its weights into files with `python {folder}/zero_to_fp32.py {folder} {folder}/weights --tag {next(iter(self.engines))}`")
         for name, engine in self.engines.items():
             engine.load_checkpoint(folder, tag=name, load_module_strict=False)  # frozen weights are not in it
-        mine = torch.load(folder / f"rank-{self.rank if self.cfg.zero else 0}.pt", weights_only=False)
+        mine = torch.load(folder / f"rank-{self.rank if self.sharded else 0}.pt", weights_only=False, map_location="cpu")
         torch.set_rng_state(mine["torch"]), np.random.set_state(mine["numpy"]), random.setstate(mine["python"])
         if torch.cuda.is_available() and mine["cuda"] is not None:
             torch.cuda.set_rng_state(mine["cuda"])
