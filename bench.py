@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+import models
+import training
 import utils
 from hybrid_engine import HybridEngine
 
@@ -210,20 +212,20 @@ def train(cfg, peak):
 
         def engine_of(module, lr=1e-6):
             options = script.Config(lora=cfg.lora, save_memory=cfg.save_memory, dtype=cfg.dtype)
-            return utils.train_engine(module, lr, micro, accumulate, options)
+            return training.train_engine(module, lr, micro, accumulate, options)
 
         def language(engine, loss):
             for part in parts:
                 logprobs, _ = engine(part, lens[0][: len(part)], lens[1][: len(part)])
                 engine.backward(loss(logprobs))
-                utils.step(engine)
+                training.step(engine)
 
         def scores(engine, loss):
             for part in parts:
                 engine.backward(loss(engine(part)))
-                utils.step(engine)
-        lm = lambda: utils.Policy(utils.add_lora(build(name, utils.precision(cfg.dtype), T), cfg.lora))  # noqa: E731
-        rm = lambda: reward.RewardModel(utils.add_lora(build(name, utils.precision(cfg.dtype), T, "AutoModelForSequenceClassification"), cfg.lora))  # noqa: E731
+                training.step(engine)
+        lm = lambda: models.Policy(models.add_lora(build(name, utils.precision(cfg.dtype), T), cfg.lora))  # noqa: E731
+        rm = lambda: reward.RewardModel(models.add_lora(build(name, utils.precision(cfg.dtype), T, "AutoModelForSequenceClassification"), cfg.lora))  # noqa: E731
         old, mask = torch.full((micro, A), -math.log(V), device=device()), torch.ones(micro, A, dtype=torch.bool, device=device())
         zeros = torch.zeros(micro, T, device=device())
         kinds = {"fine-tuning": (lm, language, lambda x: -x.mean(), B * A), "reward model": (rm, scores, lambda v: reward.pairwise_loss(v[::2, -1], v[1::2, -1]), 0),
@@ -231,7 +233,7 @@ def train(cfg, peak):
                  "PPO, critic": (rm, scores, lambda v: script.critic_loss(v, zeros[: len(v)], zeros[: len(v)], zeros[: len(v)] + 1, 0.2), 0)}
         for kind, (make, run, loss, heads) in kinds.items():
             engine = engine_of(make())
-            runs = [s for s, _ in turns(cfg.repeats, step=lambda _: run(engine, loss))["step"]]
+            runs = [s for s, _ in turns(cfg.repeats, step=lambda _, engine=engine: run(engine, loss))["step"]]
             s = statistics.median(runs)
             work = (2 if cfg.lora else 3) * flops(name, B * T, T, heads)  # frozen weights need no gradient of their own
             rows.append({"model": name, "step": kind, "batch": B, "length": T, "seconds": s, "tokens_per_s": B * T / s, "mfu": work / s / peak["flop_per_s"],
@@ -246,7 +248,7 @@ def stand_ins(cfg, name, stop):
     """Within: ppo.py's models are random ones of these shapes, nothing is saved, and an answer ends where `stop` says (token ids, or None: never)."""
     import ppo as script
     from reward import RewardModel
-    kept = [(o, k, o.__dict__[k]) for o, k in ((utils, "load_lm"), (utils, "load_tokenizer"), (utils, "save_model"), (RewardModel, "from_pretrained"), (script, "make_engine"))]
+    kept = [(o, k, o.__dict__[k]) for o, k in ((models, "load_lm"), (models, "load_tokenizer"), (models, "save_model"), (RewardModel, "from_pretrained"), (script, "make_engine"))]
 
     def engine(*args):
         e = make(*args)
@@ -255,9 +257,9 @@ def stand_ins(cfg, name, stop):
         return e
     make = script.make_engine
     context = cfg.prompt_len + max(cfg.new_tokens, 256)
-    utils.load_lm = lambda path, dtype: build(name, dtype, context)
-    utils.load_tokenizer = lambda path: utils.tiny_tokenizer()
-    utils.save_model = lambda *args, **kwargs: None
+    models.load_lm = lambda path, dtype: build(name, dtype, context)
+    models.load_tokenizer = lambda path: models.tiny_tokenizer()
+    models.save_model = lambda *args, **kwargs: None
     RewardModel.from_pretrained = classmethod(lambda cls, path, dtype: cls(build(cfg.critic or name, dtype, context, "AutoModelForSequenceClassification")))
     script.make_engine = engine
     try:
@@ -270,7 +272,7 @@ def stand_ins(cfg, name, stop):
 def iterations(cfg, name, batch, new, stop, engine, count):
     """Metrics of each iteration of ppo.py but the first, one update each, as in DeepSpeed-Chat's benchmark."""
     with tempfile.TemporaryDirectory() as folder, stand_ins(cfg, name, stop) as script:
-        skip = len(utils.tiny_tokenizer()("Human: \nAssistant:")["input_ids"])
+        skip = len(models.tiny_tokenizer()("Human: \nAssistant:")["input_ids"])
         prompts = [{"prompt": f"{i:08d}".ljust(cfg.prompt_len - skip, "x")[: cfg.prompt_len - skip]} for i in range(int(1.3 * batch * count) + 64)]
         Path(f"{folder}/prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
         script.EVAL_ROWS = 2

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 import data
+import models
 import utils
 from hybrid_engine import make_engine
 
@@ -32,7 +33,7 @@ class Config:
 
 def answer(engine, tokenizer, messages, template, cfg, turn):
     """Streams one answer to the terminal; returns its text."""
-    context = utils.context_length(engine.module.config)
+    context = models.context_length(engine.module.config)
     while True:
         ids = data.prompt_ids([data.render(messages, template, tokenizer)], template, tokenizer)[0]
         if len(ids) + cfg.max_new_tokens <= context:
@@ -56,8 +57,8 @@ def answer(engine, tokenizer, messages, template, cfg, turn):
 def main(cfg):
     utils.quiet()
     template = data.check_template(cfg.template)
-    tokenizer = utils.load_tokenizer(cfg.model)
-    lm = utils.load_lm(cfg.model, utils.precision(cfg.dtype)).eval()
+    tokenizer = models.load_tokenizer(cfg.model)
+    lm = models.load_lm(cfg.model, utils.precision(cfg.dtype)).eval()
     engine = make_engine(cfg.engine, lm.to("cuda" if torch.cuda.is_available() else "cpu"))
     if cfg.prompt:
         answer(engine, tokenizer, data.user(cfg.prompt), template, cfg, 0)

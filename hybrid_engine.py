@@ -32,7 +32,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import kernels
-from utils import UserError, gathered, print0
+from models import gathered
+from utils import UserError, print0
 
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}  # at most so many packed tokens at once: bounds what activations take; on a CPU, fits its cache
 LOOK = 8                # on a GPU the host looks at the done flags every so many steps

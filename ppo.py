@@ -27,6 +27,8 @@ import numpy as np
 import torch
 
 import data
+import models
+import training
 import utils
 from hybrid_engine import make_engine
 from reward import RewardModel, at_end
@@ -67,7 +69,7 @@ class Config:
     zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
     save_memory: Literal["no", "recompute", "offload", "both"] = "no"  # recompute activations; offload optimizer, frozen models, ZeRO-3 weights to the CPU
     resume: bool = False               # go on after the last complete checkpoint in --out
-    ds_config: str = ""                # JSON file merged over the DeepSpeed settings in utils.train_engine
+    ds_config: str = ""                # JSON file merged over the DeepSpeed settings in training.train_engine
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -184,7 +186,7 @@ def rollout(engine, prompts, cfg, eos, seeds, rank, world):
 
 def answer_values(critic, tokens, prompt_lens, answer_lens):
     """The value of the state before each answer token, (B, A), 0 past the end."""
-    index, mask = utils.answer_index(prompt_lens, answer_lens)
+    index, mask = models.answer_index(prompt_lens, answer_lens)
     return critic(tokens).gather(1, index) * mask
 
 
@@ -258,17 +260,17 @@ def main(cfg):
     dtype = utils.precision(cfg.dtype)
 
     # ---- four models, one tokenizer ----
-    tokenizer = utils.load_tokenizer(cfg.model)
-    if cfg.reward_model and not utils.same_tokenizer(tokenizer, utils.load_tokenizer(cfg.reward_model)):
+    tokenizer = models.load_tokenizer(cfg.model)
+    if cfg.reward_model and not models.same_tokenizer(tokenizer, models.load_tokenizer(cfg.reward_model)):
         raise utils.UserError(f"{cfg.reward_model} has another tokenizer than {cfg.model}: the reward model would read other words than the "
                               "policy writes; train it from the same model")
     eos, template = tokenizer.eos_token_id, data.check_template(cfg.template)
     rule = load_function(cfg.reward) if cfg.reward else None
-    actor = utils.Policy(utils.add_lora(utils.load_lm(cfg.model, dtype), cfg.lora))
-    ref = None if utils.lora_spec(cfg.lora)["rank"] else utils.frozen_engine(utils.Policy(utils.load_lm(cfg.model, dtype)), device, cfg)  # or the actor, adapters off
+    actor = models.Policy(models.add_lora(models.load_lm(cfg.model, dtype), cfg.lora))
+    ref = None if models.lora_spec(cfg.lora)["rank"] else training.frozen_engine(models.Policy(models.load_lm(cfg.model, dtype)), device, cfg)  # or the actor, adapters off
     critic = RewardModel.from_pretrained(cfg.reward_model, dtype) if cfg.reward_model else RewardModel.from_lm(cfg.model, dtype)
-    reward_model = utils.frozen_engine(RewardModel.from_pretrained(cfg.reward_model, dtype), device, cfg) if cfg.reward_model else None
-    context = min(utils.context_length(m.config) for m in (actor.lm, critic and critic.model) if m)
+    reward_model = training.frozen_engine(RewardModel.from_pretrained(cfg.reward_model, dtype), device, cfg) if cfg.reward_model else None
+    context = min(models.context_length(m.config) for m in (actor.lm, critic and critic.model) if m)
     if cfg.max_new_tokens >= context:
         raise utils.UserError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a prompt in the models' context of {context} tokens")
 
@@ -280,23 +282,23 @@ def main(cfg):
     # ---- engines ----
     step_size = cfg.batch_size // cfg.minibatches
     micro, accumulate = utils.micro_batches(step_size, cfg.micro_batch, world)
-    actor = utils.train_engine(actor, cfg.actor_lr, micro, accumulate, cfg, ADAM_EPS)
-    critic = critic and utils.train_engine(critic, cfg.critic_lr, micro, accumulate, cfg, ADAM_EPS)
-    ema = utils.EMA(actor, cfg.ema, cpu=cfg.save_memory in ("offload", "both")) if cfg.ema else None
+    actor = training.train_engine(actor, cfg.actor_lr, micro, accumulate, cfg, ADAM_EPS)
+    critic = critic and training.train_engine(critic, cfg.critic_lr, micro, accumulate, cfg, ADAM_EPS)
+    ema = training.EMA(actor, cfg.ema, cpu=cfg.save_memory in ("offload", "both")) if cfg.ema else None
     engine = make_engine(cfg.engine, actor, cfg.tp)
     utils.print0(f"step 3: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.ppo_epochs} epochs x {cfg.minibatches} steps of "
                  f"{step_size} rows = {world} ranks x {accumulate} x {micro}")
     one_pass = cfg.ppo_epochs * cfg.minibatches == 1  # the policy that sampled is the one that is updated: no old pass is needed
 
     def ref_logprobs(*x):
-        with utils.adapters_off():
+        with models.adapters_off():
             return (ref or actor)(*x, cfg.temperature)[0]
 
     def ask_frozen(batch, rows_of_steps, micro, **questions):
         """What the frozen models (and the questions) say: as `ask`; "scores" (B,) are the reward model's and the function's together."""
         if reward_model:
             questions["scores"] = lambda tokens, p, a: at_end(reward_model(tokens), p + a)
-        with utils.near(device, ref, reward_model):
+        with training.near(device, ref, reward_model):
             seen = ask(batch, rows_of_steps, micro, rank, world, ref_logprobs=ref_logprobs, **questions)
         said = texts(batch, tokenizer) if rank == 0 else None
         if rule:
@@ -324,7 +326,7 @@ def main(cfg):
         return out
 
     # ---- where the run begins, or goes on ----
-    checkpoint = utils.Checkpoint(cfg, cfg.iterations, ema=ema, actor=actor, critic=critic)
+    checkpoint = training.Checkpoint(cfg, cfg.iterations, ema=ema, actor=actor, critic=critic)
     start, state = checkpoint.restore()
     kl_coef, ptx_steps = state.get("kl_coef", cfg.kl_coef), state.get("ptx_steps", 0)
     before = state.get("before") or evaluate(engine)
@@ -343,7 +345,7 @@ def main(cfg):
         scale = max(0.1, 1 - (it - 1) / cfg.iterations)
         for e, lr in ((actor, cfg.actor_lr), (critic, cfg.critic_lr)):
             if e:
-                utils.set_lr(e, lr * scale)
+                training.set_lr(e, lr * scale)
 
         # ---- rollout: the actor answers ----
         clock.lap()
@@ -403,7 +405,7 @@ def main(cfg):
                         losses[critic] = v_loss * share
                     for e, loss in losses.items():
                         e.backward(loss)
-                    norms = utils.step(*losses)
+                    norms = training.step(*losses)
                     if ema and norms and norms[0] is not None:
                         ema.update()
 
@@ -432,7 +434,7 @@ def main(cfg):
             "entropy": entropy, "length": batch.answer_lens.float().mean().item(), "eos_rate": finished.float().mean().item(),
             "actor_loss": pi, "ratio_mean": ratio, "ratio_max": ratio_max.item(), "approx_kl": approx_kl, "steps": steps, "clip_frac": clipped,
             "advantage_mean": raw[mask].mean().item(), "advantage_std": raw[mask].std(unbiased=False).item(),
-            "actor_grad_norm": norms[0], "actor_lr": cfg.actor_lr * scale, "skipped": utils.Skipped.total,
+            "actor_grad_norm": norms[0], "actor_lr": cfg.actor_lr * scale, "skipped": training.Skipped.total,
             "engine_gap_mean": gap.mean().item(), "engine_gap_max": gap.max().item(),
             "rollout_s": rollout_s, "score_s": score_s, "update_s": update_s, "tokens_per_s": tokens_sampled / rollout_s,
             "memory_gib": utils.memory_gib(), **{f"engine_{k}": v for k, v in engine.stats.items()},
@@ -454,8 +456,8 @@ def main(cfg):
             metrics |= evaluate(engine)
         if ema and it == cfg.iterations:
             ema.save(actor.module.lm, tokenizer, f"{cfg.out}/ema")
-            average = utils.frozen_engine(utils.Policy(utils.load_lm(f"{cfg.out}/ema", dtype)), device, cfg)
-            with utils.near(device, average):
+            average = training.frozen_engine(models.Policy(models.load_lm(f"{cfg.out}/ema", dtype)), device, cfg)
+            with training.near(device, average):
                 metrics |= {k.replace("eval", "eval_ema"): v for k, v in evaluate(make_engine(cfg.engine, average, cfg.tp)).items()}
         log(it, metrics)
         if rank == 0 and (it == 1 or it % max(1, cfg.iterations // 8) == 0):
@@ -465,7 +467,7 @@ def main(cfg):
         checkpoint.save(it, kl_coef=kl_coef, ptx_steps=ptx_steps, before=before)
 
     # ---- a model folder ----
-    utils.save_model(actor.module.lm, tokenizer, cfg.out)
+    models.save_model(actor.module.lm, tokenizer, cfg.out)
     checkpoint.finish()
     shown = "".join(f", {name} {before[k]:.3f} -> {metrics[k]:.3f}" for k, name in (("eval_gold", "gold"),) if k in metrics) + "".join(
         f" (average {metrics[k]:.3f})" for k in ("eval_ema_gold",) if k in metrics)

@@ -24,6 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import models
+import training
 import utils
 
 
@@ -46,7 +48,7 @@ class Config:
     zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
     save_memory: Literal["no", "recompute", "offload", "both"] = "no"  # recompute activations; offload optimizer, frozen models, ZeRO-3 weights to the CPU
     resume: bool = False               # go on after the last complete checkpoint in --out
-    ds_config: str = ""                # JSON file merged over the DeepSpeed settings in utils.train_engine
+    ds_config: str = ""                # JSON file merged over the DeepSpeed settings in training.train_engine
 
 
 EVAL_ROWS = 1024  # held-out pairs that are looked at, at most
@@ -67,12 +69,12 @@ class RewardModel(nn.Module):
         """A new reward model on the backbone of a causal LM: the head is drawn with std 1/sqrt(d + 1) (Stiennon et al. 2020)."""
         from transformers import AutoModelForSequenceClassification
         if path == "tiny":
-            config, lm = (lm := utils.tiny_lm()).config, lm
+            config, lm = (lm := models.tiny_lm()).config, lm
         else:
-            config, lm = utils.load_config(path), None
+            config, lm = models.load_config(path), None
         config.num_labels, config.dtype = 1, dtype
         if lm is None:
-            model = utils.load_pretrained(AutoModelForSequenceClassification, path, config, may_miss=("score.",))
+            model = models.load_pretrained(AutoModelForSequenceClassification, path, config, may_miss=("score.",))
         else:
             model = AutoModelForSequenceClassification.from_config(config)
             model.base_model.load_state_dict(lm.base_model.state_dict())
@@ -83,12 +85,12 @@ class RewardModel(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32):
         """The folder of a reward model. Every tensor must be there, with its name and shape; else UserError."""
         from transformers import AutoModelForSequenceClassification
-        config = utils.load_config(path)
+        config = models.load_config(path)
         if config.num_labels != 1 or "ForSequenceClassification" not in str(config.architectures):
             raise utils.UserError(f"{path}: is not a reward model (its config says {config.architectures}, {config.num_labels} labels); "
                                   "train one with reward.py")
         config.dtype = dtype
-        return cls(utils.load_pretrained(AutoModelForSequenceClassification, path, config))
+        return cls(models.load_pretrained(AutoModelForSequenceClassification, path, config))
 
     def values(self, tokens):
         """tokens (B, T) right-padded. Returns (B, T) float32, centred and scaled by what the config says."""
@@ -141,19 +143,19 @@ def main(cfg):
     rank, world, device = utils.boot(cfg.seed)
 
     # ---- model and data ----
-    tokenizer = utils.load_tokenizer(cfg.model)
+    tokenizer = models.load_tokenizer(cfg.model)
     template = data.check_template(cfg.template)
     model = RewardModel.from_lm(cfg.model, utils.precision(cfg.dtype))
-    utils.add_lora(model.model, cfg.lora)
-    max_len = min(cfg.max_len, utils.context_length(model.model.config))
+    models.add_lora(model.model, cfg.lora)
+    max_len = min(cfg.max_len, models.context_length(model.model.config))
     train, held_out = data.load(cfg.data, "reward", cfg.split, cfg.held_out, template, tokenizer, max_len)
     lengths = train.lengths("chosen", "rejected")
     micro, accumulate = utils.micro_batches(cfg.batch_size, cfg.micro_batch, world)
     total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
     utils.print0(f"step 2: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} pairs"
                  f" = {world} ranks x {accumulate} x {micro}")
-    engine = utils.train_engine(model, cfg.lr, micro, accumulate, cfg)
-    checkpoint = utils.Checkpoint(cfg, total, engine=engine)
+    engine = training.train_engine(model, cfg.lr, micro, accumulate, cfg)
+    checkpoint = training.Checkpoint(cfg, total, engine=engine)
     start, _ = checkpoint.restore()
     stream = data.steps(train, lengths, cfg.batch_size, cfg.seed, start)
     log = utils.Log(cfg, total, {"loss": "7.4f", "accuracy": "8.3f", "margin": "7.3f", "held_out_accuracy": "6.3f", "padding": "6.3f"}, every=max(1, total // 30), start=start)
@@ -162,7 +164,7 @@ def main(cfg):
     for step in range(start + 1, total + 1):
         epoch, indices = next(stream)
         lr = cfg.lr * utils.cosine(step - 1, total)
-        utils.set_lr(engine, lr)
+        training.set_lr(engine, lr)
         sums = torch.zeros(4)  # loss, right pairs, margin, tokens with padding
         for part in utils.deal(indices, lengths, micro, rank, world):
             scores, slots = pair_scores(engine, train, part, groups_for(lengths), device)      # (B, 2)
@@ -170,13 +172,13 @@ def main(cfg):
             loss = pairwise_loss(chosen, rejected) * len(part) / cfg.batch_size
             centre = CENTRE * ((chosen + rejected) ** 2).sum() / cfg.batch_size
             engine.backward((loss + centre) * world * accumulate)                              # DeepSpeed averages over ranks and divides by accumulate
-            norms = utils.step(engine)
+            norms = training.step(engine)
             margin = chosen - rejected
             sums += torch.tensor([loss.item(), (margin > 0).sum().item(), margin.sum().item(), slots])
         loss, right, margin, slots = utils.all_sum(sums, device).tolist()
         real = sum(train.lengths(w)[indices].sum() for w in ("chosen", "rejected"))
         metrics = {"epoch": epoch, "loss": loss, "accuracy": right / cfg.batch_size, "margin": margin / cfg.batch_size,
-                   "lr": lr, "padding": 1 - real / slots, "grad_norm": norms[0], "skipped": utils.Skipped.total}
+                   "lr": lr, "padding": 1 - real / slots, "grad_norm": norms[0], "skipped": training.Skipped.total}
         if step == total or step % max(1, total // 10) == 0:
             chosen, rejected = scores_of(engine, held_out, np.arange(min(len(held_out), EVAL_ROWS)), micro, rank, world, device).unbind(1)
             metrics.update(held_out_accuracy=(chosen > rejected).float().mean().item(), held_out_margin=(chosen - rejected).mean().item(),
@@ -191,7 +193,7 @@ def main(cfg):
 
     # ---- a model folder ----
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None  # transformers scores before the first pad
-    utils.save_model(model.model, tokenizer, cfg.out, score_offset=offset, score_scale=scale, pad_token_id=pad)
+    models.save_model(model.model, tokenizer, cfg.out, score_offset=offset, score_scale=scale, pad_token_id=pad)
     checkpoint.finish()
     p, n = metrics["held_out_accuracy"], metrics["held_out_pairs"]
     utils.print0(f"saved {cfg.out}: held-out accuracy {p:.3f} +- {1.96 * (p * (1 - p) / n) ** 0.5:.3f} (95%, {n} pairs), "

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 import data
+import models
+import training
 import utils
 
 
@@ -39,7 +41,7 @@ class Config:
     zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
     save_memory: Literal["no", "recompute", "offload", "both"] = "no"  # recompute activations; offload optimizer, frozen models, ZeRO-3 weights to the CPU
     resume: bool = False               # go on after the last complete checkpoint in --out
-    ds_config: str = ""                # JSON file merged over the DeepSpeed settings in utils.train_engine
+    ds_config: str = ""                # JSON file merged over the DeepSpeed settings in training.train_engine
 
 
 EVAL_ROWS = 1024  # held-out rows that are looked at, at most
@@ -60,19 +62,19 @@ def main(cfg):
     rank, world, device = utils.boot(cfg.seed)
 
     # ---- model and data ----
-    tokenizer = utils.load_tokenizer(cfg.model)
+    tokenizer = models.load_tokenizer(cfg.model)
     template = data.check_template(cfg.template)
-    policy = utils.Policy(utils.load_lm(cfg.model, utils.precision(cfg.dtype)))
-    utils.add_lora(policy.lm, cfg.lora)
-    max_len = min(cfg.max_len, utils.context_length(policy.lm.config))
+    policy = models.Policy(models.load_lm(cfg.model, utils.precision(cfg.dtype)))
+    models.add_lora(policy.lm, cfg.lora)
+    max_len = min(cfg.max_len, models.context_length(policy.lm.config))
     train, held_out = data.load(cfg.data, "sft", cfg.split, cfg.held_out, template, tokenizer, max_len)
     lengths = train.lengths("response")
     micro, accumulate = utils.micro_batches(cfg.batch_size, cfg.micro_batch, world)
     total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
     utils.print0(f"step 1: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} rows"
                  f" = {world} ranks x {accumulate} x {micro}")
-    engine = utils.train_engine(policy, cfg.lr, micro, accumulate, cfg)
-    checkpoint = utils.Checkpoint(cfg, total, engine=engine)
+    engine = training.train_engine(policy, cfg.lr, micro, accumulate, cfg)
+    checkpoint = training.Checkpoint(cfg, total, engine=engine)
     start, _ = checkpoint.restore()
     stream = data.steps(train, lengths, cfg.batch_size, cfg.seed, start)
     log = utils.Log(cfg, total, {"loss": "7.4f", "held_out_loss": "7.4f", "perplexity": "8.2f", "padding": "6.3f", "tokens_per_s": "7.0f"}, every=max(1, total // 30), start=start)
@@ -82,7 +84,7 @@ def main(cfg):
     for step in range(start + 1, total + 1):
         epoch, indices = next(stream)
         lr = cfg.lr * utils.cosine(step - 1, total)
-        utils.set_lr(engine, lr)
+        training.set_lr(engine, lr)
         batches = [data.collate(train, part, device) for part in utils.deal(indices, lengths, micro, rank, world)]
         answer_tokens = sum(train.answer_lengths("response")[indices])      # of all ranks: the mean is over the whole batch
         loss = 0.0
@@ -90,11 +92,11 @@ def main(cfg):
             logprobs, _ = engine(tokens, prompt_lens, answer_lens)          # (B, A)
             part = -logprobs.sum() / answer_tokens
             engine.backward(part * world * accumulate)                      # DeepSpeed averages over ranks and divides by accumulate
-            norms = utils.step(engine)
+            norms = training.step(engine)
             loss += part.item()
         slots, real = utils.all_sum(torch.tensor([sum(t.numel() for t, *_ in batches), lengths[indices].sum() / world]), device).tolist()
         metrics = {"epoch": epoch, "loss": utils.all_sum(loss, device), "lr": lr,
-                   "padding": 1 - real / slots, "tokens_per_s": real / clock.lap(), "grad_norm": norms[0], "skipped": utils.Skipped.total}
+                   "padding": 1 - real / slots, "tokens_per_s": real / clock.lap(), "grad_norm": norms[0], "skipped": training.Skipped.total}
         if step == total or step % max(1, total // 10) == 0:
             metrics["held_out_loss"] = evaluate(engine, held_out, micro, rank, world, device)
             metrics["perplexity"] = float(np.exp(metrics["held_out_loss"]))
@@ -103,7 +105,7 @@ def main(cfg):
         checkpoint.save(step)
 
     # ---- a model folder ----
-    utils.save_model(policy.lm, tokenizer, cfg.out)
+    models.save_model(policy.lm, tokenizer, cfg.out)
     checkpoint.finish()
     utils.print0(f"saved {cfg.out}: held-out loss {metrics['held_out_loss']:.4f}, perplexity {metrics['perplexity']:.2f}")
 

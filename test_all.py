@@ -6,7 +6,6 @@
 Real weights and real human preferences are taken from ../shared where that folder exists; the rest needs nothing.
 """
 import dataclasses
-import gzip
 import json
 import math
 import os
@@ -30,13 +29,14 @@ import torch.multiprocessing as mp
 
 import chat
 import data
-import demo
 import kernels
 import ppo
 import reward
 import sft
+import models
+import training
 import utils
-from hybrid_engine import FAMILIES, HFEngine, HybridEngine, make_engine
+from hybrid_engine import HFEngine, HybridEngine, make_engine
 from reward import RewardModel
 
 utils.quiet()
@@ -54,7 +54,7 @@ SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "chat": chat}
 
 @pytest.fixture(scope="session")
 def tok():
-    return utils.tiny_tokenizer()
+    return models.tiny_tokenizer()
 
 
 def write_rows(path, rows):
@@ -188,7 +188,7 @@ def test_a_row_is_recognised_by_its_fields(row, want):
 def test_a_conversation_is_rendered_turn_by_turn(tok):
     messages = data.dialogue("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d")[:-1]
     assert data.render(messages, TEMPLATE, tok) == "Human: a\nAssistant: b\nHuman: c\nAssistant:"
-    tok = utils.tiny_tokenizer()
+    tok = models.tiny_tokenizer()
     tok.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     assert data.render(messages, "chat", tok) == "[user]a[assistant]b[user]c[assistant]"
 
@@ -199,12 +199,12 @@ def load_file(path, tok, step="sft", split="", held_out=0.2, max_len=512, templa
 
 def test_an_answer_ends_with_the_one_id_of_eos_even_where_pad_and_bos_are_the_same_id(tmp_path):
     for same in (False, True):
-        tok = utils.tiny_tokenizer()
+        tok = models.tiny_tokenizer()
         if same:
             tok.pad_token = tok.bos_token = tok.eos_token
         path = write_rows(tmp_path / "a.jsonl", [{"prompt": f"word {i}", "response": "x" * (1 + i % 7)} for i in range(40)])
         rows, _ = load_file(path, tok)
-        tokens, prompt_lens, answer_lens = sft.collate(rows, range(len(rows)), "cpu")
+        tokens, prompt_lens, answer_lens = data.collate(rows, range(len(rows)), "cpu")
         for t, p, a in zip(tokens, prompt_lens, answer_lens):
             answer = t[p : p + a].tolist()
             assert answer[-1] == tok.eos_token_id and answer.count(tok.eos_token_id) == 1, "EOS is one id, at the end"
@@ -279,7 +279,7 @@ def test_toy_is_exactly_checkable_and_a_third_of_its_demonstrations_is_wrong(tok
 
 @shared
 def test_real_preferences_are_read_whole_and_batches_of_them_have_little_padding():
-    tok = utils.load_tokenizer(STORIES)
+    tok = models.load_tokenizer(STORIES)
     rows, held = data.load(str(SHARED / "prefs/hh_harmless_test.jsonl.gz"), "reward", "", 0.1, TEMPLATE, tok, 10**6)
     equal = 2312 - len(rows) - len(held) - 5  # 5 pairs of dialogues with different prompts
     assert 0 <= equal <= 12, f"{len(rows) + len(held)} of 2,312 rows are there"
@@ -396,7 +396,7 @@ def test_a_padded_batch_gives_each_row_the_logprobs_of_that_row_alone():
         for pad in (0, 5, 1):  # pad, eos, bos: what the padding is cannot matter
             tokens, lens = data.pad(rows, value=pad)
             with torch.no_grad():
-                got, _ = utils.Policy(lm)(tokens, prompt_lens, lens - prompt_lens, 0.7)
+                got, _ = models.Policy(lm)(tokens, prompt_lens, lens - prompt_lens, 0.7)
             for i, (row, p) in enumerate(zip(rows, prompt_lens.tolist())):
                 want = plain_logprobs(lm, row, p, 0.7)
                 torch.testing.assert_close(got[i, : len(want)].double(), want, rtol=1e-4, atol=1e-5)
@@ -406,7 +406,7 @@ def test_a_padded_batch_gives_each_row_the_logprobs_of_that_row_alone():
 def test_eos_carries_gradient_although_it_is_also_pad_and_bos():
     lm = model_of("opt", pad_token_id=5, bos_token_id=5)
     tokens, lens = data.pad([[5, 9, 8, 7, 5], [5, 9, 8, 5]], value=5)
-    logprobs, _ = utils.Policy(lm)(tokens, torch.tensor([3, 2]), lens - torch.tensor([3, 2]))
+    logprobs, _ = models.Policy(lm)(tokens, torch.tensor([3, 2]), lens - torch.tensor([3, 2]))
     (grad,) = torch.autograd.grad(logprobs[0, 1], lm.get_output_embeddings().weight)
     assert logprobs[0, 1] != 0 and grad[5].abs().sum() > 0, "the EOS at the end of an answer is an action"
 
@@ -540,7 +540,7 @@ def test_a_value_is_that_of_the_state_before_the_token():
 
 def test_gradients_do_not_depend_on_how_a_batch_is_cut():
     lm = model_of("llama").double()
-    policy, rows = utils.Policy(lm), ragged([9, 4, 21, 3])
+    policy, rows = models.Policy(lm), ragged([9, 4, 21, 3])
     prompt_lens = torch.tensor([5, 1, 20, 1])
     old, advantages = torch.randn(4, 4, dtype=torch.float64) - 4, torch.randn(4, 4, dtype=torch.float64)
 
@@ -605,11 +605,11 @@ def test_each_folder_loads_with_transformers_alone_in_a_fresh_process(chain, tmp
     done = subprocess.run([sys.executable, str(probe), str(root), str(tmp_path / "out.pt")], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     theirs = torch.load(tmp_path / "out.pt")
-    tok = utils.load_tokenizer(chain["sft"][0])
+    tok = models.load_tokenizer(chain["sft"][0])
     ids = torch.tensor([tok("Human: reverse apple\nAssistant: elppa")["input_ids"]])
     with torch.no_grad():
         for step in ("sft", "ppo"):
-            assert torch.equal(utils.load_lm(chain[step][0], torch.float32).eval()(ids).logits, theirs[step]), step
+            assert torch.equal(models.load_lm(chain[step][0], torch.float32).eval()(ids).logits, theirs[step]), step
         rm = RewardModel.from_pretrained(chain["reward"][0])
         ours = rm.score(ids, torch.tensor([ids.size(1)]))
     config = rm.model.config
@@ -676,15 +676,15 @@ def test_with_lora_the_reference_is_the_actors_base_and_the_output_is_a_plain_me
     train(sft, tmp_path / "sft", model=chain["sft"][0], data=toy_file, epochs=0.2, lora="2", **STEPS)
     train(reward, tmp_path / "rm", model=chain["sft"][0], data=toy_file, epochs=0.2, lora="2", **STEPS)
     RewardModel.from_pretrained(str(tmp_path / "rm"))
-    base, merged = (utils.load_lm(f, torch.float32) for f in (chain["sft"][0], str(tmp_path / "ppo")))
+    base, merged = (models.load_lm(f, torch.float32) for f in (chain["sft"][0], str(tmp_path / "ppo")))
     assert torch.equal(base.model.embed_tokens.weight, merged.model.embed_tokens.weight), "what has no adapter is as it was"
     assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, merged.model.layers[0].mlp.up_proj.weight)
-    lm = utils.add_lora(model_of("gpt2"), 2)
+    lm = models.add_lora(model_of("gpt2"), 2)
     for n, p in lm.named_parameters():
         if "lora_B" in n:
             torch.nn.init.normal_(p, std=0.3)
     plain = model_of("gpt2")
-    plain.load_state_dict(utils.whole_state(lm), strict=False)
+    plain.load_state_dict(models.whole_state(lm), strict=False)
     ids = torch.tensor(ragged([9]))
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-4, msg="merged weights are base and adapters together")
@@ -725,21 +725,21 @@ def _table(toy_file, out, sft_folder, reward_folder):
                 folder = Path(out) / f"{zero}-{bool(lora)}-{save_memory}"
                 flags = dict(PPO_STEPS, iterations=2, micro_batch=2, zero=zero, lora=lora, save_memory=save_memory)
                 metrics = train(ppo, folder, model=sft_folder, reward_model=reward_folder, data=toy_file, **flags)
-                weights = [utils.load_lm(str(f), torch.float32).model.layers[1].mlp.up_proj.weight.detach() for f in (folder, folder / "ema")]
+                weights = [models.load_lm(str(f), torch.float32).model.layers[1].mlp.up_proj.weight.detach() for f in (folder, folder / "ema")]
                 results[zero, lora, save_memory] = ([[r[k] for k in ("actor_loss", "critic_loss", "score", "kl", "actor_grad_norm")] for r in metrics[1:]], *weights)
     return results
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_zero_lora_offload_recomputing_and_ranks_in_every_combination_train_as_one_plain_process(world, chain, toy_file, tmp_path):
-    start = utils.load_lm(chain["sft"][0], torch.float32).model.layers[1].mlp.up_proj.weight.detach()
+    start = models.load_lm(chain["sft"][0], torch.float32).model.layers[1].mlp.up_proj.weight.detach()
     folders = (toy_file, str(tmp_path), chain["sft"][0], chain["reward"][0])
     results = _table(*folders) if world == 1 else ranks(world, _table, *folders)[0]
     plain = {}
     for lora in ("", "4,lr=0.01"):
         flags = dict(PPO_STEPS, iterations=2, lora=lora, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file)
         metrics = train(ppo, tmp_path / "plain", **flags)
-        weights = [utils.load_lm(str(f), torch.float32).model.layers[1].mlp.up_proj.weight.detach() for f in (tmp_path / "plain", tmp_path / "plain" / "ema")]
+        weights = [models.load_lm(str(f), torch.float32).model.layers[1].mlp.up_proj.weight.detach() for f in (tmp_path / "plain", tmp_path / "plain" / "ema")]
         plain[lora] = ([[r[k] for k in ("actor_loss", "critic_loss", "score", "kl", "actor_grad_norm")] for r in metrics[1:]], *weights)
     assert len(results) == 12
     for (zero, lora, save_memory), (numbers, weight, average) in results.items():
@@ -756,7 +756,7 @@ def test_bfloat16_trains_at_every_stage_from_float32_masters(zero, chain, toy_fi
     flags = dict(PPO_STEPS, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file, iterations=2, zero=zero)
     half, full = (train(ppo, tmp_path / dtype, **flags, dtype=dtype) for dtype in ("bf16", "fp32"))
     assert half[1]["score"] == pytest.approx(full[1]["score"], abs=0.5) and abs(half[1]["kl"]) < 0.2 and half[1]["engine_gap_mean"] < 0.05
-    start, after, other = (utils.load_lm(f, torch.float32).model.layers[1].mlp.up_proj.weight.detach() for f in (chain["sft"][0], str(tmp_path / "bf16"), str(tmp_path / "fp32")))
+    start, after, other = (models.load_lm(f, torch.float32).model.layers[1].mlp.up_proj.weight.detach() for f in (chain["sft"][0], str(tmp_path / "bf16"), str(tmp_path / "fp32")))
     assert 0.2 < (after - start).norm() / (other - start).norm() < 5, "updates below the last bit of bfloat16 gather in the masters"
 
 
@@ -764,9 +764,9 @@ def test_recomputing_runs_each_layer_again_in_the_backward_pass():
     utils.boot(0)
     calls = {}
     for save_memory in ("no", "recompute"):
-        policy = utils.Policy(utils.add_lora(model_of("llama"), "2"))  # frozen weights: the harder case
+        policy = models.Policy(models.add_lora(model_of("llama"), "2"))  # frozen weights: the harder case
         cfg = ppo.Config(save_memory=save_memory)
-        engine = utils.train_engine(policy, 1e-3, 2, 1, cfg)
+        engine = training.train_engine(policy, 1e-3, 2, 1, cfg)
         n = calls[save_memory] = [0]
         policy.lm.model.layers[1].mlp.register_forward_hook(lambda *_: n.__setitem__(0, n[0] + 1))
         tokens = torch.tensor(ragged([12, 12]))
@@ -779,21 +779,21 @@ def test_recomputing_runs_each_layer_again_in_the_backward_pass():
 def test_the_average_is_that_of_the_float32_weights_to_five_digits_after_a_thousand_steps(dtype, zero, tmp_path, tok):
     utils.boot(0)
     lm = model_of("gpt2", vocab_size=258).to(utils.precision(dtype))
-    engine = utils.train_engine(utils.Policy(lm), 1e-3, 2, 1, ppo.Config(dtype=dtype, zero=zero))
-    ema = utils.EMA(engine, 0.992)
-    want, rng = [m.detach().double() for m in utils.masters(engine)], torch.Generator().manual_seed(0)
+    engine = training.train_engine(models.Policy(lm), 1e-3, 2, 1, ppo.Config(dtype=dtype, zero=zero))
+    ema = training.EMA(engine, 0.992)
+    want, rng = [m.detach().double() for m in training.masters(engine)], torch.Generator().manual_seed(0)
     for _ in range(1000):  # a random walk of the master weights, with a drift
-        for m in utils.masters(engine):
+        for m in training.masters(engine):
             m.data += 1e-4 * (torch.randn(m.shape, generator=rng) + 0.3)
         ema.update()
-        want = [0.992 * w + (1 - 0.992) * m.detach().double() for w, m in zip(want, utils.masters(engine))]
+        want = [0.992 * w + (1 - 0.992) * m.detach().double() for w, m in zip(want, training.masters(engine))]
     for got, ref in zip(ema.average, want):
         assert (got - ref).norm() / ref.norm() < 1e-5
-    kept = [m.detach().clone() for m in utils.masters(engine)]
+    kept = [m.detach().clone() for m in training.masters(engine)]
     ema.save(lm, tok, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(kept, utils.masters(engine))), "saving leaves the masters as they were"
+    assert all(torch.equal(a, b) for a, b in zip(kept, training.masters(engine))), "saving leaves the masters as they were"
     if zero == 0:  # one master a parameter
-        saved, i = utils.load_lm(str(tmp_path), torch.float32), next(i for i, p in enumerate(engine.trained) if p is lm.transformer.wte.weight)
+        saved, i = models.load_lm(str(tmp_path), torch.float32), next(i for i, p in enumerate(engine.trained) if p is lm.transformer.wte.weight)
         torch.testing.assert_close(saved.transformer.wte.weight.double(), want[i], rtol=0.01 if dtype == "bf16" else 1e-5, atol=1e-5, check_dtype=False)
 
 
@@ -807,13 +807,13 @@ def flags(chain, toy_file):
 
 
 def test_the_gradient_of_the_mixture_is_the_sum_of_its_parts_and_a_coefficient_of_0_changes_no_bit(flags, toy_file, tmp_path, monkeypatch):
-    gradients, real_step, real_loss = {}, utils.step, ppo.actor_loss
+    gradients, real_step, real_loss = {}, training.step, ppo.actor_loss
 
     def recording(*engines):
         if engines[0].is_gradient_accumulation_boundary():
             gradients[name] = torch.cat([p.grad.flatten().double() for p in engines[0].trained])
         return real_step(*engines)
-    monkeypatch.setattr(utils, "step", recording)
+    monkeypatch.setattr(training, "step", recording)
     text = write_rows(tmp_path / "text.jsonl", [{"text": f"the {i}-th line of a text that goes on for a while"} for i in range(60)])
     for name, more in (("ppo", {}), ("off", dict(ptx_data=text, ptx_coef=0.0)), ("both", dict(ptx_data=text, ptx_coef=2.5)),
                        ("cut", dict(ptx_data=text, ptx_coef=2.5, micro_batch=3)), ("text", dict(ptx_data=text, ptx_coef=2.5))):
@@ -868,18 +868,18 @@ def test_adapters_have_their_own_rank_targets_and_rate_and_load_with_peft(chain,
 
 
 def test_an_adapter_is_asked_for_in_one_flag():
-    assert utils.lora_spec("8") == dict(rank=8, alpha=16, lr=None, targets=()) and utils.lora_spec("")["rank"] == 0
-    assert utils.lora_spec("4,alpha=2,lr=1e-3,targets=q_proj+v_proj") == dict(rank=4, alpha=2, lr=1e-3, targets=("q_proj", "v_proj"))
-    lm = utils.add_lora(model_of("llama"), "3,targets=q_proj+mlp.up_proj")
+    assert models.lora_spec("8") == dict(rank=8, alpha=16, lr=None, targets=()) and models.lora_spec("")["rank"] == 0
+    assert models.lora_spec("4,alpha=2,lr=1e-3,targets=q_proj+v_proj") == dict(rank=4, alpha=2, lr=1e-3, targets=("q_proj", "v_proj"))
+    lm = models.add_lora(model_of("llama"), "3,targets=q_proj+mlp.up_proj")
     names = {n for n, p in lm.named_parameters() if p.requires_grad}
     assert len(names) == 3 * 2 * 2 and all("q_proj.lora_" in n or "mlp.up_proj.lora_" in n for n in names)
     utils.boot(0)
-    engine = utils.train_engine(utils.Policy(lm), 1e-4, 2, 1, ppo.Config(lora="3,targets=q_proj+mlp.up_proj,lr=0.003"))
-    utils.set_lr(engine, 5e-5)
+    engine = training.train_engine(models.Policy(lm), 1e-4, 2, 1, ppo.Config(lora="3,targets=q_proj+mlp.up_proj,lr=0.003"))
+    training.set_lr(engine, 5e-5)
     assert [g["lr"] for g in engine.optimizer.param_groups] == [pytest.approx(0.0015)], "half the peak of the one is half the peak of the other"
     for text, message in (("x", "write a rank"), ("8,beta=1", "write a rank"), ("4,targets=Wqkv", "has no layer 'Wqkv'; it has down_proj")):
         with pytest.raises(utils.UserError, match=message):
-            utils.add_lora(model_of("llama"), text)
+            models.add_lora(model_of("llama"), text)
 
 
 # -----------------------------------------------------------------------------
@@ -892,19 +892,19 @@ class Killed(Exception):
 
 def _in_two_parts(script, out, after, flags):
     """Runs a script that dies right after the checkpoint of step `after`, then again with --resume; returns its metrics."""
-    real = utils.Checkpoint.save
+    real = training.Checkpoint.save
 
     def save(self, at, **added):
         real(self, at, **added)
         if at == after:
             raise Killed
-    utils.Checkpoint.save = save
+    training.Checkpoint.save = save
     try:
         train(script, out, **flags)
     except Killed:
         pass
     finally:
-        utils.Checkpoint.save = real
+        training.Checkpoint.save = real
     assert not (Path(out) / "model.safetensors").exists()
     return train(script, out, **flags, resume=True)
 
@@ -961,13 +961,13 @@ def test_resuming_says_what_it_cannot_do(chain, toy_file, tmp_path, capsys):
 
 
 def _die_after(out, flags):
-    real = utils.Checkpoint.save
+    real = training.Checkpoint.save
 
     def save(self, at, **added):
         real(self, at, **added)
         if at == 3:
             raise Killed
-    utils.Checkpoint.save = save
+    training.Checkpoint.save = save
     try:
         train(sft, out, **flags)
     except Killed:
@@ -976,9 +976,9 @@ def _die_after(out, flags):
 
 def _poisoned(toy_file, out, sft_folder, reward_folder, zero):
     """PPO in which rank 1's (or the only rank's) critic loss is not a number at the second step of three. Returns, for each step, whether any weight of actor and of critic moved."""
-    real_step, real_loss, n, moved = utils.step, ppo.critic_loss, [0], []
+    real_step, real_loss, n, moved = training.step, ppo.critic_loss, [0], []
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    whole = lambda e: [float(p.detach().double().sum()) for p in utils.masters(e)]  # noqa: E731
+    whole = lambda e: [float(p.detach().double().sum()) for p in training.masters(e)]  # noqa: E731
 
     def loss(*args):
         n[0] += 1
@@ -989,12 +989,12 @@ def _poisoned(toy_file, out, sft_folder, reward_folder, zero):
         out = real_step(*engines)
         moved.append([whole(e) != b for e, b in zip(engines, before)])
         return out
-    utils.step, ppo.critic_loss = step, loss
+    training.step, ppo.critic_loss = step, loss
     try:
         metrics = train(ppo, out, model=sft_folder, reward_model=reward_folder, data=toy_file,
                         **dict(PPO_STEPS, iterations=3, minibatches=1, ppo_epochs=1, zero=zero))
     finally:
-        utils.step, ppo.critic_loss = real_step, real_loss
+        training.step, ppo.critic_loss = real_step, real_loss
     return moved, [r["skipped"] for r in metrics[1:]], ["actor_grad_norm" in r for r in metrics[1:]]
 
 
@@ -1109,7 +1109,7 @@ def test_greedy_output_is_that_of_transformers_generate_token_for_token(kind):
 
 @shared
 def test_greedy_output_is_that_of_transformers_on_real_weights():
-    tok, lm = utils.load_tokenizer(STORIES), utils.load_lm(STORIES, torch.float32).eval()
+    tok, lm = models.load_tokenizer(STORIES), models.load_lm(STORIES, torch.float32).eval()
     prompts = tok(["Once upon a time", "Lily and Tom went to the park. They saw a big", "The"])["input_ids"]
     out = HybridEngine(lm).generate(prompts, 120, temperature=0, eos_token_id=tok.eos_token_id)
     for p, mine in zip(prompts, rows_of(out)):
@@ -1122,7 +1122,7 @@ def test_greedy_output_is_that_of_transformers_on_real_weights():
 def test_the_engine_follows_every_optimizer_step_and_never_changes_a_weight(kind, lora):
     lm = model_of(kind)
     if lora:
-        utils.add_lora(lm, 4)
+        models.add_lora(lm, 4)
     params = [p for p in lm.parameters() if p.requires_grad]
     optimizer, engine, prompts = torch.optim.AdamW(params, lr=0.02), HybridEngine(lm), ragged((3, 9, 5))
     before = None
@@ -1138,7 +1138,7 @@ def test_the_engine_follows_every_optimizer_step_and_never_changes_a_weight(kind
         before = mine
     if lora:
         base = model_of(kind)
-        with utils.adapters_off(), torch.no_grad():
+        with models.adapters_off(), torch.no_grad():
             ids = torch.tensor([prompts[1]])
             assert torch.equal(lm(ids).logits, base(ids).logits), "with its adapters off the model is its base, bit for bit"
 
@@ -1298,12 +1298,12 @@ def _engine_on_ranks(kinds, stages):
             lm = model_of("llama")
             if lora:
                 torch.manual_seed(7)
-                utils.add_lora(lm, 4)
+                models.add_lora(lm, 4)
                 for n, p in lm.named_parameters():
                     if "lora_B" in n:
                         p.data.normal_(std=0.1)
             cfg = sft.Config(zero=stage, dtype="fp32")
-            ds = utils.train_engine(utils.Policy(lm), 1e-2, 2, 1, cfg)
+            ds = training.train_engine(models.Policy(lm), 1e-2, 2, 1, cfg)
             engine = HybridEngine(ds)
             for step in range(2):
                 got = engine.generate(prompts, 12, temperature=0)
@@ -1312,7 +1312,7 @@ def _engine_on_ranks(kinds, stages):
                 tokens, lens = data.pad([p + [9] for p in prompts])
                 logprobs, _ = ds(tokens, torch.tensor([1] * 4), torch.tensor([2, 29, 8, 1]))
                 ds.backward(-logprobs.sum() / 40)
-                utils.step(ds)
+                training.step(ds)
             if stage == 3 and not lora:  # rank 0 ends at once, rank 1 never
                 counted.clear()
                 first = HybridEngine(ds).generate(prompts[:1], 1, temperature=0).tokens[0, -1].item()
@@ -1374,7 +1374,7 @@ def test_mistakes_get_one_sentence(chain, toy_file, tmp_path):
         "is not divided by the 3 ranks": lambda: utils.micro_batches(8, 0, 3),
         "has no {prompt} in it": lambda: data.check_template("Human:"),
         "--temperature 0": lambda: ppo.Config(temperature=0),
-        "is set by --batch-size": lambda: utils.read_ds_config(write_rows(tmp_path / "ds.json", [{"train_batch_size": 3}])),
+        "is set by --batch-size": lambda: training.read_ds_config(write_rows(tmp_path / "ds.json", [{"train_batch_size": 3}])),
     }.items():
         with pytest.raises(utils.UserError, match=message):
             call()
