@@ -371,10 +371,30 @@ def test_the_readme_shows_commands_that_parse():
 
 
 def test_the_numbers_in_the_readme_are_those_in_results():
-    text = (HERE / "README.md").read_text()
-    for r in json.load(open(HERE / "results/demo.json")):
-        assert f"| {r['seed']} | {r['sft_gold']:.1%} | {r['reward_accuracy']:.1%} | **{r['ppo_gold']:.1%}** |" in text, f"demo, seed {r['seed']}"
+    text, results = (HERE / "README.md").read_text(), lambda name: json.load(open(HERE / "results" / f"{name}.json"))
+    for r in results("demo"):
+        assert f"| {r['seed']} | {r['sft_gold']:.1%} | {r['reward_accuracy']:.1%} | **{r['ppo_gold']:.1%}** | {r['ppo_ema_gold']:.1%} |" in text, f"demo, seed {r['seed']}"
         assert 0.5 <= r["sft_gold"] <= 0.7 and r["ppo_gold"] >= 0.9 and r["reward_accuracy"] >= 0.95
+    for r in results("cpu-2-threads-generate")["rows"]:
+        assert f"{r['tokens_per_s']:,.0f} | {r['ms_a_step']:.1f} | {r['floor_share']:.0%} | {r['transformers_tokens_per_s']:,.0f} | **{r['ratio']:.2f}** |" in text, r
+        assert r["ratio"] >= (3 if r["case"] == "ragged" else 1.75) and len(r["runs"]["ours"]) >= 5
+    for r in results("cpu-2-threads-ppo")["rows"]:
+        assert f"{r['hybrid']['rollout_s']:.2f} / {r['hf']['rollout_s']:.2f} | {r['hybrid']['score_s']:.2f} | {r['hybrid']['update_s']:.2f} |" in text and f"**{r['ratio']:.2f}** |" in text, r
+    for r in results("cpu-2-threads-train")["rows"]:
+        assert f"| {r['model']}, {r['step']} | {r['batch']} x {r['length']} | {r['tokens_per_s']:,.0f} | {r['mfu']:.0%} |" in text, r
+    for r in results("cpu-2-threads-kernels")["rows"][:8]:
+        assert f"| {r['kernel']} | {r['us']:,.0f} | {r['pytorch_us']:,.0f} | {r['ceiling_share']:.0%} |" in text, r
+    for r in results("scale")["rows"]:
+        assert r["world"] not in (8, 64) or f"| {r['model']} | {r['world']} | {r['tp']} | {r['rollout_s']:.2f} |" in text, r
+    sweep, guard = results("sweep"), results("guard")["held_out"]
+    for r in sweep:
+        assert f"{r['gold']:.1%}" in text and r["gold"] > r["gold_before"] + 0.1 and r["skipped"] == 0, r
+    assert len(sweep) == 36 and f"the worst of 36 runs ends at {min(r['gold'] for r in sweep):.1%}" in text
+    assert " | ".join(f"{r['gold']:.1%}" for r in guard) in text and guard[-1]["gold"] >= guard[1]["gold"] - 0.02 and guard[-1]["score"] > guard[1]["score"]
+    for r in results("recipes"):
+        assert f"| {r['name']} | {r['gold']:.1%} | {r['kl']:.2f} | {r['length']:.2f} |" in text and r["gold"] > r["gold_before"] + 0.1, r
+    for r in results("kills"):
+        assert r["same"] and len(r["rows_logged_at_each_kill"]) == 20, r
     for r in json.load(open(HERE / "results/cpu-1-threads-memory.json"))["rows"]:
         assert f"{r['peak_mib']:,.0f} MiB | {r['seconds']:.2f} | {r['loss']:.6f}" in text, r["how"]
     real = json.load(open(HERE / "results/real-data.json"))
@@ -1017,26 +1037,38 @@ KILLS = int(os.environ.get("NANORLHF_KILLS", 1))  # of each script; 20 by hand, 
 
 
 def _killed(name, flags, folder, seed):
-    """Runs a script whole, then again with `kill -9` at random moments and --resume; returns whether the numbers, but for times, are the same."""
+    """Runs a script whole; then again with `kill -9` at random moments of its training, each time resumed. Where a part reaches the end before it is killed, it is
+    compared, and another run begins. Returns how many steps each kill had seen and whether all ends are that of the whole run: weights, and numbers but for times."""
     import random
+    import shutil
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     start = lambda out, *more: subprocess.Popen([sys.executable, f"{name}.py", *flags, "--out", str(out), *more], cwd=HERE, env=env,  # noqa: E731
                                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    def end(process):
+    rows = lambda run: [json.loads(line) for line in open(folder / run / "metrics.jsonl")]  # noqa: E731
+
+    def check(process):
         assert process.wait() == 0, process.stderr.read()
-    clock = time.time()
-    end(start(folder / "whole"))
-    seconds, rng, at = time.time() - clock, random.Random(seed), []
-    for _ in range(KILLS):
+        strip = lambda run: [{k: v for k, v in r.items() if not k.endswith(TIMES)} for r in rows(run)]  # noqa: E731
+        same.append(strip("parts") == strip("whole") and (folder / "whole/model.safetensors").read_bytes() == (folder / "parts/model.safetensors").read_bytes())
+        shutil.rmtree(folder / "parts")
+    rng, seen, same, clock, process = random.Random(seed), [], [], time.time(), start(folder / "whole")
+    while not ((log := folder / "whole/metrics.jsonl").exists() and log.stat().st_size) and process.poll() is None:
+        time.sleep(0.05)
+    begin = time.time() - clock
+    assert process.wait() == 0, process.stderr.read()
+    end = time.time() - clock
+    while len(seen) < KILLS:
         process = start(folder / "parts", "--resume")
-        time.sleep(rng.uniform(0.4, 1) * seconds)  # the first part of a run only imports
-        process.kill()
-        process.wait()
-        at.append(max((int(p.name) for p in (folder / "parts/checkpoint").glob("*") if p.name.isdigit()), default=0))
-    end(start(folder / "parts", "--resume"))
-    whole, parts = ([{k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)} for line in open(folder / run / "metrics.jsonl")] for run in ("whole", "parts"))
-    same = whole == parts and (folder / "whole/model.safetensors").read_bytes() == (folder / "parts/model.safetensors").read_bytes()
-    return {"script": name, "kills": KILLS, "steps": whole[-1]["step"], "checkpoint_after_each_kill": at, "same": same}
+        try:
+            process.wait(rng.uniform(begin, end))
+            check(process)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            log = folder / "parts/metrics.jsonl"
+            seen.append(log.read_text().count("\n") if log.exists() else 0)
+    check(start(folder / "parts", "--resume"))
+    return {"script": name, "steps": rows("whole")[-1]["step"], "rows_logged_at_each_kill": seen, "ends_compared": len(same), "same": all(same)}
 
 
 def test_a_script_that_is_killed_at_random_moments_ends_as_one_that_is_not(chain, toy_file, tmp_path):
