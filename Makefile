@@ -6,7 +6,7 @@ demo: .venv/ready
 	$(PY) demo.py
 
 test: .venv/ready
-	$(PY) -m pytest -q test_kernels.py test_all.py
+	$(PY) -m pytest -q -n auto --maxprocesses 4 test_kernels.py test_all.py
 
 test-gpu: .venv/ready
 	$(PY) -m pytest -q -k gpu test_kernels.py test_all.py

@@ -51,7 +51,7 @@ def draw(out, summary):
            xlabel="reward model step", ylabel="pairs ranked right", ylim=(0.4, 1.02))
     ax.legend(loc="lower right")
 
-    ax, (step, gold, kl, score) = axes[2], metrics(out / "ppo", "gold", "kl", "score")
+    ax, (step, gold, kl) = axes[2], metrics(out / "ppo", "gold", "kl")
     at, held = metrics(out / "ppo", "eval_gold")
     ax.plot(step, gold, color="C2", alpha=0.4, label="right answers (checker), rollouts")
     ax.plot(at, held, "o-", color="C2", label="right answers (checker), held out")

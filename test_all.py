@@ -153,7 +153,7 @@ def ranks(world, function, *args):
         procs = [mp.get_context("spawn").Process(target=_rank, args=(r, world, port, folder, function, args)) for r in range(world)]
         for p in procs:
             p.start()
-        deadline = time.time() + 200
+        deadline = time.time() + 400
         while any(p.is_alive() for p in procs) and all(p.exitcode in (None, 0) for p in procs) and time.time() < deadline:
             time.sleep(0.1)
         died, hang = [r for r, p in enumerate(procs) if p.exitcode not in (None, 0)], [r for r, p in enumerate(procs) if p.is_alive()]
