@@ -8,7 +8,7 @@
     python bench.py kernels                                    # each against its ceiling, and against PyTorch
     python bench.py memory                                     # a training step with 128k words, with and without (B, T, V) logits
     python bench.py fit --prompt-len 256 --new-tokens 256      # the largest actor that trains here
-    python bench.py scale --model opt-13b --world 8,64         # on paper: a step on many GPUs, from what was measured on one
+    python bench.py scale --model opt-13b --world 8..1024      # on paper: a step on many GPUs, from what was measured on one
 
 Both sides of a comparison run in one process, turn by turn; a row is the median of --repeats turns, a ratio the median of their ratios.
 Ceilings (copying, matrix products) are measured in the same run. Everything is also written to OUT/DEVICE-WHAT.json, with versions and commit.
@@ -62,7 +62,7 @@ class Config:
     ragged: int = 8                    # also answers of geometric lengths (mean 32, at most 256), so many times --batch prompts; 0: not
     lora: str = ""                     # as in ppo.py
     save_memory: Literal["no", "recompute", "offload", "both"] = "no"  # as in ppo.py
-    world: str = "8,64"                # scale: numbers of GPUs, joined by commas
+    world: str = "8..1024"             # scale: numbers of GPUs, joined by commas; 8..1024 doubles from 8 to 1024
     repeats: int = 7                   # turns of each side; the median is shown
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
     out: str = "results"               # folder of the raw numbers
@@ -73,12 +73,25 @@ class Config:
             if name not in SHAPES:
                 raise utils.UserError(f"--model {name}: no such shape; there are {', '.join(SHAPES)}")
         for flag, text in (("batch", self.batch), ("world", self.world)):
-            if not all(x.isdigit() and int(x) for x in text.split(",")):
-                raise utils.UserError(f"--{flag} {text}: needs numbers joined by commas, such as 8,64")
+            if not numbers(text):
+                raise utils.UserError(f"--{flag} {text}: needs numbers above 0, joined by commas, such as 8,64, or 8..64 for 8,16,32,64")
 
     @property
     def batches(self):
-        return [int(b) for b in self.batch.split(",")]
+        return numbers(self.batch)
+
+
+def numbers(text):
+    """'1,8..32' to [1, 8, 16, 32]; [] where it is not understood."""
+    out = []
+    for part in text.split(","):
+        low, _, high = part.partition("..")
+        if not low.isdigit() or not int(low) or high and not high.isdigit():
+            return []
+        n = int(low)
+        while n <= int(high or low):
+            out, n = [*out, n], 2 * n
+    return out
 
 
 def build(name, dtype, context=2048, auto="AutoModelForCausalLM"):
@@ -501,7 +514,7 @@ def scale(cfg, peak):
     print(f"{gpu}, 1,024 pairs of 256 + 256 tokens a step, critic 350M; {basis}")
     rows = []
     for name in (n for n in cfg.model.split(",") if not n.endswith("4x256")) if cfg.model != Config.model else ("opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b"):
-        for world in map(int, cfg.world.split(",")):
+        for world in numbers(cfg.world):
             t = step_on(world, name, cfg.critic or "opt-350m", SHEETS[gpu], share, mfu)
             s = sum(v for k, v in t.items() if k.endswith("_s"))
             hours, published = PAIRS / 1024 * s / 3600, PUBLISHED.get((name, world))
