@@ -1,6 +1,6 @@
 """The specification, in the order of the README. Each test is one sentence; inside stands a naive second version of what it tests.
 
-    make test                       # this and test_kernels.py, about ten minutes on two cores
+    make test                       # this and test_kernels.py, about five minutes on two cores
     pytest test_all.py -k engine    # one part
 
 Real weights and real human preferences are taken from ../shared where that folder exists; the rest needs nothing.
@@ -379,7 +379,7 @@ def test_the_numbers_in_the_readme_are_those_in_results():
         assert f"{r['tokens_per_s']:,.0f} | {r['transformers_tokens_per_s']:,.0f} | **{r['ratio']:.2f}** |" in text, r
         assert r["ratio"] >= (3 if r["case"] == "ragged" else 1.75) and len(r["runs"]["ours"]) >= 3
     for r in results("cpu-2-threads-ppo")["rows"]:
-        assert f"{r['hybrid_rollout_s']:.2f} / {r['hf_rollout_s']:.2f} | {r['hybrid_score_s']:.2f} | {r['hybrid_update_s']:.2f} | **{r['ratio']:.2f}** |" in text, r
+        assert f"{r['hybrid']['rollout_s']:.2f} / {r['hf']['rollout_s']:.2f} | {r['hybrid']['score_s']:.2f} | {r['hybrid']['update_s']:.2f} | **{r['ratio']:.2f}** |" in text, r
     for r in results("scale")["rows"]:
         assert r["world"] not in (8, 64) or f"| {r['model']} | {r['world']} | {r['tp']} | {r['rollout_s']:.2f} |" in text, r
     sweep, guard = results("sweep"), results("guard")["held_out"]
