@@ -315,7 +315,7 @@ def ppo(cfg, peak):
             T, critic = cfg.prompt_len + length, cfg.critic or name
             one, other = (flops(n, batch * T, T, heads) for n, heads in ((name, batch * length), (critic, 0)))
             backward = 1 if cfg.lora else 2
-            convention = one * (1 + 3 + (cfg.save_memory in ("recompute", "both")))
+            convention = one * (1 + 3 + training.saves(cfg, "recompute"))
             # rollout 1, reference 1, reward model 1, critic 1 and both trained; the old log-probabilities cost none with one update
             everything = one * (2 + 1 + backward) + other * (2 + 1 + backward)
             rows.append(r := {"model": name, "critic": critic, "case": case, "batch": batch, "prompt_len": cfg.prompt_len, "mean_length": length, "hybrid": median["hybrid"],
@@ -355,11 +355,9 @@ def kernel(cfg, peak):
         batched = [y.view(B, P, -1, D).transpose(1, 2) for y in (q, k, v)]
 
         def rope():
-            c, s = cos[at][:, None].to(dtype), sin[at][:, None].to(dtype)
             kc[slots, :, at] = kernels.rotate(k[:B], cos[at], sin[at])
             vc[slots, :, at] = v[:B]
-            a, b = q[:B].chunk(2, -1)
-            return torch.cat([a * c - b * s, b * c + a * s], -1)
+            return kernels.rotate(q[:B], cos[at], sin[at])
         cases = {  # ours, PyTorch's, bytes, FLOPs
             "linear": (lambda: kernels.linear(x, w), lambda: F.linear(x, w), (M * E + B * (E + M)) * size, 2 * B * E * M),
             "linear, output layer": (lambda: kernels.linear(x, head), lambda: F.linear(x, head), (V * E + B * (E + V)) * size, 2 * B * E * V),

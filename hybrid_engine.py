@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import kernels
-from models import gathered
+from models import gathered, is_conv1d
 from utils import UserError, print0
 
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}  # at most so many packed tokens at once: bounds what activations take; on a CPU, fits its cache
@@ -222,7 +222,7 @@ class HybridEngine:
         m = getattr(m, "base", m)
         weight, bias = m.weight.data, getattr(m, "bias", None)
         bias = bias.data if bias is not None else None
-        if type(m).__name__ == "Conv1D":  # GPT-2 keeps (in, out)
+        if is_conv1d(m):
             weight = weight.T
         if part:
             weight, bias = self._slice(weight, part), bias if part == "rows" else self._slice(bias, part)

@@ -10,7 +10,6 @@ import torch.nn as nn
 import kernels
 from utils import UserError
 
-
 # -----------------------------------------------------------------------------
 # model folders
 
@@ -151,7 +150,7 @@ class LoRA(nn.Module):
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        out_features, in_features = reversed(base.weight.shape) if type(base).__name__ == "Conv1D" else base.weight.shape
+        out_features, in_features = reversed(base.weight.shape) if is_conv1d(base) else base.weight.shape
         self.base, self.scale = base.requires_grad_(False), alpha / rank
         make = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_A = nn.Parameter(torch.randn(rank, in_features, **make) / in_features**0.5)
@@ -160,6 +159,15 @@ class LoRA(nn.Module):
     def forward(self, x):
         y = self.base(x)
         return y + nn.functional.linear(nn.functional.linear(x, self.lora_A), self.lora_B) * self.scale if LoRA.on else y
+
+
+def is_adapter(name):
+    return name.endswith(("lora_A", "lora_B"))
+
+
+def is_conv1d(module):
+    """GPT-2's linear layer, which keeps its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D"
 
 
 @contextlib.contextmanager
@@ -196,7 +204,7 @@ def add_lora(model, text):
         return model
     model.requires_grad_(False)
     for name, m in list(model.base_model.named_modules()):
-        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D":
+        if isinstance(m, nn.Linear) or is_conv1d(m):
             target = next((t for t in spec["targets"] if name == t or name.endswith("." + t)), None)
             if target or not spec["targets"]:
                 owner, _, leaf = name.rpartition(".")
@@ -238,7 +246,7 @@ def whole_state(model, value=torch.Tensor.detach):
     base, so the names are those of the model without them. value(parameter) is what is saved of it."""
     out, adapters = {}, {name + ".base.weight": m for name, m in model.named_modules() if isinstance(m, LoRA)}
     for name, p in model.named_parameters():
-        if name.rpartition(".")[2] in ("lora_A", "lora_B"):
+        if is_adapter(name):
             continue
         lora = adapters.get(name)
         params = (p, lora.lora_A, lora.lora_B) if lora else (p,)
@@ -247,7 +255,7 @@ def whole_state(model, value=torch.Tensor.detach):
             if dist.get_rank() == 0:
                 if lora:
                     delta = lora.scale * (AB[1].float() @ AB[0].float())
-                    w = w.float() + (delta.T if type(lora.base).__name__ == "Conv1D" else delta)
+                    w = w.float() + (delta.T if is_conv1d(lora.base) else delta)
                 out[name.replace(".base.", ".")] = w.to(p.dtype)
     return out
 
@@ -271,7 +279,7 @@ def save_model(lm, tokenizer, out, value=torch.Tensor.detach, **config):
             (Path(out) / "adapters" / "adapter_config.json").write_text(json.dumps({
                 "peft_type": "LORA", "task_type": "SEQ_CLS" if head else "CAUSAL_LM", "base_model_name_or_path": lm.config._name_or_path or None,
                 "r": len(first.lora_A), "lora_alpha": first.scale * len(first.lora_A), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-                "fan_in_fan_out": type(first.base).__name__ == "Conv1D", "target_modules": sorted(loras), "modules_to_save": head}, indent=1))
+                "fan_in_fan_out": is_conv1d(first.base), "target_modules": sorted(loras), "modules_to_save": head}, indent=1))
     dist.barrier()
 
 
@@ -280,7 +288,7 @@ def adapter_state(lm, value=torch.Tensor.detach):
     """Adapters and, where there is one, the scalar head, under the names that PEFT gives them; on rank 0 (elsewhere {}), and {} without adapters."""
     out, head = {}, "score.weight"
     for name, p in lm.named_parameters():
-        if name.rpartition(".")[2] in ("lora_A", "lora_B") or name == head and any(isinstance(m, LoRA) for m in lm.modules()):
+        if is_adapter(name) or name == head and any(isinstance(m, LoRA) for m in lm.modules()):
             with gathered(p):
                 w = value(p).cpu().to(p.dtype).clone()
                 if dist.get_rank() == 0:

@@ -283,8 +283,9 @@ def main(cfg):
     step_size = cfg.batch_size // cfg.minibatches
     micro, accumulate = utils.micro_batches(step_size, cfg.micro_batch, world)
     actor = training.train_engine(actor, cfg.actor_lr, micro, accumulate, cfg, ADAM_EPS)
+    # no critic: in recipes of the README, which put another baseline in its place
     critic = critic and training.train_engine(critic, cfg.critic_lr, micro, accumulate, cfg, ADAM_EPS)
-    ema = training.EMA(actor, cfg.ema, cpu=cfg.save_memory in ("offload", "both")) if cfg.ema else None
+    ema = training.EMA(actor, cfg.ema, cpu=training.saves(cfg, "offload")) if cfg.ema else None
     engine = make_engine(cfg.engine, actor, cfg.tp)
     utils.print0(f"step 3: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.ppo_epochs} epochs x {cfg.minibatches} steps of "
                  f"{step_size} rows = {world} ranks x {accumulate} x {micro}")
@@ -332,7 +333,8 @@ def main(cfg):
     before = state.get("before") or evaluate(engine)
     prompts = data.steps(train, train.lengths(), cfg.batch_size, cfg.seed, start, pool=1)         # a rollout is a random sample: no buckets
     if ptx_rows:
-        ptx = data.steps(ptx_rows, ptx_rows.lengths("response"), step_size, cfg.seed, ptx_steps)
+        text_lengths, text_tokens = ptx_rows.lengths("response"), ptx_rows.answer_lengths("response")
+        ptx = data.steps(ptx_rows, text_lengths, step_size, cfg.seed, ptx_steps)
     columns = {"score": "7.3f", "gold": "6.3f", "kl": "6.3f", "entropy": "7.3f", "length": "6.1f", "eos_rate": "6.3f", "clip_frac": "6.3f",
                "explained_variance": "6.3f", "rollout_s": "6.2f", "tokens_per_s": "6.0f", "score_s": "6.2f", "update_s": "6.2f"}
     log = utils.Log(cfg, cfg.iterations, {k: f for k, f in columns.items() if gold or k != "gold"}, start=start)
@@ -383,7 +385,7 @@ def main(cfg):
                 parts, extra = utils.deal(rows, batch.lengths, micro, rank, world), []
                 if ptx_rows:
                     _, text = next(ptx)
-                    extra, ptx_steps = utils.deal(text, ptx_rows.lengths("response"), micro, rank, world), ptx_steps + 1
+                    extra, ptx_steps = utils.deal(text, text_lengths, micro, rank, world), ptx_steps + 1
                 for part, more in zip_longest(parts, extra):
                     tokens, prompt_lens, answer_lens = batch.part(part)
                     A = int(answer_lens.max())
@@ -398,7 +400,7 @@ def main(cfg):
                     losses, v_loss = {actor: pi_loss * share}, pi_loss.new_zeros(())
                     if ptx_rows:
                         text_logprobs, _ = actor(*data.collate(ptx_rows, more, device))           # (b, A'), at temperature 1
-                        losses[actor] -= cfg.ptx_coef * text_logprobs.sum() / ptx_rows.answer_lengths("response")[text].sum() * world * accumulate
+                        losses[actor] -= cfg.ptx_coef * text_logprobs.sum() / text_tokens[text].sum() * world * accumulate
                     if critic:
                         values = answer_values(critic, tokens, prompt_lens, answer_lens)          # (b, A)
                         v_loss = critic_loss(values, seen["values"][part, :A], returns[part, :A], m, VALUE_CLIP)

@@ -136,7 +136,8 @@ def groups_for(lengths):
 def scores_of(engine, rows, indices, micro, rank, world, device):
     """Scores of the chosen and of the rejected answers, (n, 2), on every rank."""
     lengths = rows.lengths("chosen", "rejected")
-    return utils.ask_rows(lambda part: pair_scores(engine, rows, part, groups_for(lengths), device)[0], indices, lengths, micro, rank, world)
+    groups = groups_for(lengths)
+    return utils.ask_rows(lambda part: pair_scores(engine, rows, part, groups, device)[0], indices, lengths, micro, rank, world)
 
 
 def main(cfg):
@@ -149,7 +150,8 @@ def main(cfg):
     models.add_lora(model.model, cfg.lora)
     max_len = min(cfg.max_len, models.context_length(model.model.config))
     train, held_out = data.load(cfg.data, "reward", cfg.split, cfg.held_out, template, tokenizer, max_len)
-    lengths = train.lengths("chosen", "rejected")
+    lengths, both_lengths = train.lengths("chosen", "rejected"), train.lengths("chosen") + train.lengths("rejected")
+    groups = groups_for(lengths)
     micro, accumulate = utils.micro_batches(cfg.batch_size, cfg.micro_batch, world)
     total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
     utils.print0(f"step 2: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} pairs"
@@ -167,7 +169,7 @@ def main(cfg):
         training.set_lr(engine, lr)
         sums = torch.zeros(4)  # loss, right pairs, margin, tokens with padding
         for part in utils.deal(indices, lengths, micro, rank, world):
-            scores, slots = pair_scores(engine, train, part, groups_for(lengths), device)      # (B, 2)
+            scores, slots = pair_scores(engine, train, part, groups, device)                   # (B, 2)
             chosen, rejected = scores.unbind(1)
             loss = pairwise_loss(chosen, rejected) * len(part) / cfg.batch_size
             centre = CENTRE * ((chosen + rejected) ** 2).sum() / cfg.batch_size
@@ -176,9 +178,8 @@ def main(cfg):
             margin = chosen - rejected
             sums += torch.tensor([loss.item(), (margin > 0).sum().item(), margin.sum().item(), slots])
         loss, right, margin, slots = utils.all_sum(sums, device).tolist()
-        real = sum(train.lengths(w)[indices].sum() for w in ("chosen", "rejected"))
         metrics = {"epoch": epoch, "loss": loss, "accuracy": right / cfg.batch_size, "margin": margin / cfg.batch_size,
-                   "lr": lr, "padding": 1 - real / slots, "grad_norm": norms[0], "skipped": training.Skipped.total}
+                   "lr": lr, "padding": 1 - both_lengths[indices].sum() / slots, "grad_norm": norms[0], "skipped": training.Skipped.total}
         if step == total or step % max(1, total // 10) == 0:
             chosen, rejected = scores_of(engine, held_out, np.arange(min(len(held_out), EVAL_ROWS)), micro, rank, world, device).unbind(1)
             metrics.update(held_out_accuracy=(chosen > rejected).float().mean().item(), held_out_margin=(chosen - rejected).mean().item(),

@@ -68,7 +68,7 @@ def main(cfg):
     models.add_lora(policy.lm, cfg.lora)
     max_len = min(cfg.max_len, models.context_length(policy.lm.config))
     train, held_out = data.load(cfg.data, "sft", cfg.split, cfg.held_out, template, tokenizer, max_len)
-    lengths = train.lengths("response")
+    lengths, answer_lengths = train.lengths("response"), train.answer_lengths("response")
     micro, accumulate = utils.micro_batches(cfg.batch_size, cfg.micro_batch, world)
     total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
     utils.print0(f"step 1: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} rows"
@@ -86,7 +86,7 @@ def main(cfg):
         lr = cfg.lr * utils.cosine(step - 1, total)
         training.set_lr(engine, lr)
         batches = [data.collate(train, part, device) for part in utils.deal(indices, lengths, micro, rank, world)]
-        answer_tokens = sum(train.answer_lengths("response")[indices])      # of all ranks: the mean is over the whole batch
+        answer_tokens = answer_lengths[indices].sum()      # of all ranks: the mean is over the whole batch
         loss = 0.0
         for tokens, prompt_lens, answer_lens in batches:
             logprobs, _ = engine(tokens, prompt_lens, answer_lens)          # (B, A)

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from models import lora_spec, save_model
+from models import is_adapter, lora_spec, save_model
 from utils import UserError, precision, print0, write_whole
-
 
 # -----------------------------------------------------------------------------
 # DeepSpeed
@@ -28,44 +27,63 @@ class AdamW(torch.optim.AdamW):
         return None if self.skip else super().step(closure)
 
 
+def saves(cfg, how):
+    """Whether --save-memory asks for it; how: recompute or offload."""
+    return cfg.save_memory in (how, "both")
+
+
+def settings(cfg, stage, micro_batch):
+    """What all DeepSpeed engines here have in common."""
+    offload = {"device": "cpu" if saves(cfg, "offload") else "none"}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "bf16": {"enabled": precision(cfg.dtype) == torch.bfloat16},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,      # every parameter is sharded: one rule, and no surprise in memory
+            "stage3_prefetch_bucket_size": 0,             # prefetching records one order of layers; RLHF runs several
+            "offload_param": offload if stage == 3 else {"device": "none"},
+        },
+        "steps_per_print": 10**9,
+    }
+
+
+def initialize(model, config, optimizer=None):
+    """DeepSpeed around a model. NOTE: .bfloat16() rounds buffers too, and with the frequencies of rotary positions that costs accuracy far out: they
+    are put back."""
+    import deepspeed
+    buffers = {n: b.clone() for n, b in model.named_buffers() if b.dtype == torch.float32}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for name, old in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        engine.module.get_submodule(owner)._buffers[leaf] = old.to(next(engine.module.parameters()).device)
+    return engine
+
+
 def train_engine(model, lr, micro_batch, accumulate, cfg, eps=1e-8):
     """DeepSpeed around a model to train: one optimizer, bf16 with fp32 master weights on a GPU, ZeRO as asked for.
     cfg has zero, dtype, lora, save_memory and ds_config (a JSON file merged over what stands here)."""
-    import deepspeed
-    away = cfg.save_memory in ("offload", "both")
-    offload = {"device": "cpu" if away else "none"}
-    config = {
-        "train_micro_batch_size_per_gpu": micro_batch,
+    away = saves(cfg, "offload")
+    stage = max(cfg.zero, int(away))  # DeepSpeed offloads from stage 1 on; on one rank 1 is 0
+    config = merge(merge(settings(cfg, stage, micro_batch), {
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": precision(cfg.dtype) == torch.bfloat16},
-        "zero_optimization": {
-            "stage": max(cfg.zero, int(away)),            # DeepSpeed offloads from stage 1 on; on one rank 1 is 0
-            "stage3_param_persistence_threshold": 0,      # every parameter is sharded: one rule, and no surprise in memory
-            "stage3_prefetch_bucket_size": 0,             # prefetching records one order of layers; RLHF runs several
-            "offload_optimizer": offload,
-            "offload_param": offload if cfg.zero == 3 else {"device": "none"},
-        },
+        "zero_optimization": {"offload_optimizer": {"device": "cpu" if away else "none"}},
         "zero_force_ds_cpu_optimizer": False,             # torch's AdamW: nothing to compile
         "zero_allow_untested_optimizer": True,            # and below it our own class
-        "steps_per_print": 10**9,
-    }
-    config = merge(config, read_ds_config(cfg.ds_config))
-    buffers = {n: b.clone() for n, b in model.named_buffers() if b.dtype == torch.float32}
+    }), read_ds_config(cfg.ds_config))
     lm = getattr(model, "lm", None) or model.model
-    if cfg.save_memory in ("recompute", "both"):
+    if saves(cfg, "recompute"):
         lm.gradient_checkpointing_enable({"use_reentrant": True})  # NOTE: ZeRO-3 lets go of weights that the other kind wants to find again
         lm.enable_input_require_grads()                            # else nothing is recomputed under frozen weights
-    adapters = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith(("lora_A", "lora_B"))]
-    others = [p for n, p in model.named_parameters() if p.requires_grad and not n.endswith(("lora_A", "lora_B"))]
-    groups = [{"params": adapters, "scale": (lora_spec(cfg.lora)["lr"] or lr) / lr if lr else 1.0}, {"params": others, "scale": 1.0}]
+    scales = {True: (lora_spec(cfg.lora)["lr"] or lr) / lr if lr else 1.0, False: 1.0}  # of the learning rate: of adapters, of other weights
+    groups = [{"params": [p for n, p in model.named_parameters() if p.requires_grad and is_adapter(n) == kind], "scale": scale} for kind, scale in scales.items()]
     groups = [g for g in groups if g["params"]]
     trained = [p for g in groups for p in g["params"]]
     # 0.99: between the 0.95 of InstructGPT's large batches and 0.999; a second moment over some hundred steps suits small ones
     optimizer = AdamW(groups, lr=lr, betas=(0.9, 0.99), eps=eps, weight_decay=0.0)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    restore_buffers(engine.module, buffers)
-    engine.train(cfg.save_memory in ("recompute", "both"))  # transformers recomputes in training mode only; dropout is 0 in either, see load_config
+    engine = initialize(model, config, optimizer)
+    engine.train(saves(cfg, "recompute"))  # transformers recomputes in training mode only; dropout is 0 in either, see load_config
     engine.trained, engine.bad = trained, torch.zeros((), device=engine.device)
 
     def look(gradient):
@@ -85,16 +103,9 @@ def masters(engine):
 def frozen_engine(model, device, cfg):
     """A model that is only asked: plain on this rank's device, or sharded where ZeRO-3 shards everything. Offloaded, it waits on the CPU: see `near`."""
     model.requires_grad_(False).eval()
-    away = cfg.save_memory in ("offload", "both")
     if cfg.zero < 3:
-        return model.to("cpu" if away else device, precision(cfg.dtype))
-    import deepspeed
-    config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": precision(cfg.dtype) == torch.bfloat16}, "steps_per_print": 10**9,
-              "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0,
-                                    "offload_param": {"device": "cpu" if away else "none"}}}
-    buffers = {n: b.clone() for n, b in model.named_buffers() if b.dtype == torch.float32}
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    restore_buffers(engine.module, buffers)
+        return model.to("cpu" if saves(cfg, "offload") else device, precision(cfg.dtype))
+    engine = initialize(model, settings(cfg, 3, 1))
     engine.eval()
     return engine
 
@@ -105,16 +116,11 @@ def near(device, *models):
     away = [m for m in models if m is not None and not hasattr(m, "module") and next(m.parameters()).device != device]
     for m in away:
         m.to(device)
-    yield
-    for m in away:
-        m.to("cpu")
-
-
-def restore_buffers(module, buffers):
-    """NOTE: .bfloat16() rounds buffers too, and with the frequencies of rotary positions that costs accuracy far out."""
-    for name, old in buffers.items():
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._buffers[leaf] = old.to(next(module.parameters()).device)
+    try:
+        yield
+    finally:
+        for m in away:
+            m.to("cpu")
 
 
 def merge(base, over):
@@ -198,22 +204,17 @@ class EMA:
             a.lerp_(m.detach().to(a.device), 1 - self.decay)
 
     @torch.no_grad()
-    def whole(self):
-        """{parameter: its average, whole}, gathered one by one as they are asked for: see whole_state."""
-        from deepspeed.utils import safe_get_full_fp32_param
-        if self.engine.zero_optimization_stage() == 0:
-            at = {p: i for i, p in enumerate(self.engine.trained)}
-            return lambda p: self.average[at[p]] if p in at else p.detach()
-        return lambda p: safe_get_full_fp32_param(p) if p.requires_grad else p.detach()
-
-    @torch.no_grad()
     def save(self, lm, tokenizer, out):
-        """A model folder. The average takes the masters' place while it is gathered."""
+        """A model folder. Under ZeRO the average takes the masters' place while DeepSpeed gathers them, parameter by parameter."""
+        if self.engine.zero_optimization_stage() == 0:
+            average = dict(zip(self.engine.trained, self.average))
+            return save_model(lm, tokenizer, out, value=lambda p: average.get(p, p).detach())
+        from deepspeed.utils import safe_get_full_fp32_param
         ms = masters(self.engine)
         kept = [m.detach().clone() for m in ms]
         for m, a in zip(ms, self.average):
             m.data.copy_(a)
-        save_model(lm, tokenizer, out, value=self.whole())
+        save_model(lm, tokenizer, out, value=lambda p: safe_get_full_fp32_param(p) if p.requires_grad else p.detach())
         for m, k in zip(ms, kept):
             m.data.copy_(k)
 
@@ -234,10 +235,14 @@ class Checkpoint:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.sharded = any(e.zero_optimization_stage() for e in self.engines.values())
 
+    def complete(self):
+        """Steps whose checkpoints are whole, in order."""
+        return sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
+
     def restore(self):
         """With --resume: (last complete step, what the script added to it); else, and where there is none yet, (0, {})."""
         Skipped.total = Skipped.in_a_row = 0
-        steps = sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
+        steps = self.complete()
         if not self.cfg.resume:
             if steps:
                 raise UserError(f"{self.folder} holds a run that did not end, up to step {steps[-1]}: go on with --resume, or remove that folder, or take another --out")
@@ -292,8 +297,8 @@ class Checkpoint:
         if self.rank == 0:
             shutil.rmtree(self.folder / str(at), ignore_errors=True)
             new.rename(self.folder / str(at))
-            for old in sorted((p for p in self.folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name))[:-KEPT]:
-                shutil.rmtree(old)
+            for old in self.complete()[:-KEPT]:
+                shutil.rmtree(self.folder / str(old))
 
     def finish(self):
         """The folder holds the result: nothing is left to resume."""
