@@ -29,8 +29,8 @@ LOG2E = 1.4426950408889634  # attention kernels raise 2 to their scores, not e: 
 def linear(x, weight, bias=None):
     """x @ weight.T + bias. x (N, in), weight (out, in), bias (out,). No gradient.
 
-    On an x86 CPU from oneDNN, which PyTorch carries beside MKL: at the few rows of a decode step it is 1.2 to 2.4 times as fast as
-    F.linear on an AMD processor, where MKL leaves the wide vectors unused (2 threads, 32 rows, 256 x 8192, float32).
+    On a CPU from oneDNN, which PyTorch carries beside MKL: on an AMD processor, where MKL leaves the wide vectors unused, it was 1.3 to
+    2.3 times as fast as F.linear for 7 to 256 rows, and slower for 1 and 2 (one thread, 256 x 1024 and 256 x 8192, float32).
     """
     if ONEDNN and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and len(x) > 1:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
