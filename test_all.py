@@ -19,7 +19,9 @@ import time
 import typing
 from pathlib import Path
 
-os.environ.setdefault("NANORLHF_CACHE", tempfile.mkdtemp(prefix="nanorlhf-test-"))
+if "NANORLHF_CACHE" not in os.environ:  # processes started from here inherit it
+    cache = tempfile.TemporaryDirectory(prefix="nanorlhf-test-")
+    os.environ["NANORLHF_CACHE"] = cache.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -772,6 +774,25 @@ def test_bfloat16_trains_at_every_stage_from_float32_masters(zero, chain, toy_fi
     assert half[1]["score"] == pytest.approx(full[1]["score"], abs=0.5) and abs(half[1]["kl"]) < 0.2 and half[1]["engine_gap_mean"] < 0.05
     start, after, other = (models.load_lm(f, torch.float32).model.layers[1].mlp.up_proj.weight.detach() for f in (chain["sft"][0], str(tmp_path / "bf16"), str(tmp_path / "fp32")))
     assert 0.2 < (after - start).norm() / (other - start).norm() < 5, "updates below the last bit of bfloat16 gather in the masters"
+
+
+def test_offload_leaves_optimizers_frozen_models_and_sharded_weights_on_the_cpu():
+    utils.boot(0)
+    for zero in (0, 2, 3):
+        on, off = (training.train_engine(models.Policy(model_of("llama")), 1e-3, 2, 1, ppo.Config(zero=zero, save_memory=how)) for how in ("offload", "no"))
+        offloads = lambda e: bool(getattr(e.optimizer, "cpu_offload", False) or getattr(e.optimizer, "offload_optimizer", False))  # noqa: E731
+        assert offloads(on) and not offloads(off), f"ZeRO {zero}"
+        assert zero < 3 or on.optimizer.offload_param and not off.optimizer.offload_param
+
+    class Far(torch.nn.Linear):  # what a frozen model is told, without a second device to be told it for
+        told = []
+
+        def to(self, where):
+            self.told.append(where)
+    with pytest.raises(ZeroDivisionError):
+        with training.near(torch.device("meta"), Far(2, 2), None):
+            1 / 0
+    assert Far.told == [torch.device("meta"), "cpu"], "there, and back whatever happens"
 
 
 def test_recomputing_runs_each_layer_again_in_the_backward_pass():
