@@ -3,7 +3,7 @@
     python bench.py generate                                   # engine and transformers.generate, at fixed and at ragged lengths
     python bench.py generate --model opt-1.3b --batch 1,32,128 --prompt-len 256 --new-tokens 256
     python bench.py train --model opt-1.3b --batch 16 --micro-batch 8 --prompt-len 256 --new-tokens 256
-    python bench.py ppo                                        # whole iterations of ppo.py, by phase, with either engine
+    python bench.py ppo                                        # whole iterations of ppo.py, by phase, ours and with transformers' generation
     python bench.py ppo --model opt-1.3b --critic opt-350m --batch 128 --micro-batch 16 --prompt-len 256 --new-tokens 256 --ragged 0
     python bench.py kernels                                    # each against its ceiling, and against PyTorch
     python bench.py memory                                     # a training step with 128k words, with and without (B, T, V) logits
@@ -257,11 +257,12 @@ def train(cfg, peak):
 
 
 @contextlib.contextmanager
-def stand_ins(cfg, name, stop):
-    """Within: ppo.py's models are random ones of these shapes, nothing is saved, and an answer ends where `stop` says (token ids, or None: never)."""
+def stand_ins(cfg, name, stop, side):
+    """Within: ppo.py's models are random ones of these shapes, nothing is saved, and an answer ends where `stop` says (token ids, or None: never).
+    side: hybrid; or hf, where matrix products are PyTorch's own too, so that nothing but the kernel of log-probabilities is ours."""
     import ppo as script
     from reward import RewardModel
-    kept = [(o, k, o.__dict__[k]) for o, k in ((models, "load_lm"), (models, "load_tokenizer"), (models, "save_model"), (RewardModel, "from_pretrained"), (script, "make_engine"))]
+    kept = [(o, k, o.__dict__[k]) for o, k in ((models, "load_lm"), (models, "load_tokenizer"), (models, "save_model"), (RewardModel, "from_pretrained"), (script, "make_engine"), (kernels, "ONEDNN"))]
 
     def engine(*args):
         e = make(*args)
@@ -275,6 +276,7 @@ def stand_ins(cfg, name, stop):
     models.save_model = lambda *args, **kwargs: None
     RewardModel.from_pretrained = classmethod(lambda cls, path, dtype: cls(build(cfg.critic or name, dtype, context, "AutoModelForSequenceClassification")))
     script.make_engine = engine
+    kernels.ONEDNN = kernels.ONEDNN and side == "hybrid"
     try:
         yield script
     finally:
@@ -284,7 +286,7 @@ def stand_ins(cfg, name, stop):
 
 def iterations(cfg, name, batch, new, stop, engine, count):
     """Metrics of each iteration of ppo.py but the first, one update each, as in DeepSpeed-Chat's benchmark."""
-    with tempfile.TemporaryDirectory() as folder, stand_ins(cfg, name, stop) as script:
+    with tempfile.TemporaryDirectory() as folder, stand_ins(cfg, name, stop, engine) as script:
         skip = len(models.tiny_tokenizer()("Human: \nAssistant:")["input_ids"])
         prompts = [{"prompt": f"{i:08d}".ljust(cfg.prompt_len - skip, "x")[: cfg.prompt_len - skip]} for i in range(int(1.3 * batch * count) + 64)]
         Path(f"{folder}/prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
@@ -297,7 +299,7 @@ def iterations(cfg, name, batch, new, stop, engine, count):
 
 
 def ppo(cfg, peak):
-    """Iterations of ppo.py itself, with --engine hybrid and --engine hf: seconds of rollout, score and update; pairs/s; FLOP/s as DeepSpeed-Chat counts them, and
+    """Iterations of ppo.py itself, as they are and with transformers.generate and PyTorch's own products: seconds of rollout, score and update; pairs/s; FLOP/s as DeepSpeed-Chat counts them, and
     as a share of the ceiling with everything counted (MFU)."""
     rows = []
     for name in cfg.model.split(","):
@@ -324,7 +326,7 @@ def ppo(cfg, peak):
                               "runs": {e: [[x[k] for k in phases] for x in logs] for e, logs in runs.items()}})
             for e in runs:
                 m = median[e]
-                print(f"{name:<12}{case:<7}{batch:>4} x {cfg.prompt_len}+{length:<6.0f} --engine {e:<7} rollout {m['rollout_s']:6.2f} s   score {m['score_s']:5.2f}   update {m['update_s']:5.2f}"
+                print(f"{name:<12}{case:<7}{batch:>4} x {cfg.prompt_len}+{length:<6.0f} {'ours' if e == 'hybrid' else 'transformers':<13} rollout {m['rollout_s']:6.2f} s   score {m['score_s']:5.2f}   update {m['update_s']:5.2f}"
                       f"   iteration {statistics.median(total[e]):6.2f}", flush=True)
             print(f"{'':<19}{r['ratio']:.2f} times as fast; {r['pairs_per_s']:.1f} pairs/s, {r['hours']:.1f} h for DeepSpeed-Chat's {PAIRS:,} pairs; "
                   f"{r['deepspeed_chat_tflops']:.3g} TFLOP/s as it counts, MFU {r['mfu']:.0%}", flush=True)

@@ -121,7 +121,7 @@ class Policy(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm = lm
+        self.lm = kernels.quick_linears(lm)
         config, head = lm.config, lm.get_output_embeddings()
         scaled = [k for k in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, k, None) not in (None, 1, 1.0)]
         if scaled or head.bias is not None:

@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import kernels
 import models
 import training
 import utils
@@ -62,7 +63,7 @@ class RewardModel(nn.Module):
     def __init__(self, model):
         """model: an HF sequence-classification model with one label."""
         super().__init__()
-        self.model = model
+        self.model = kernels.quick_linears(model)
 
     @classmethod
     def from_lm(cls, path, dtype):

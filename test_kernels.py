@@ -50,6 +50,33 @@ def same(got, want, dtype, what):
 
 
 # -----------------------------------------------------------------------------
+# matrix products
+
+
+@pytest.mark.parametrize("shape, out", [((5, 8), 24), ((3, 7, 24), 8), ((1, 8), 8), ((2, 3, 8), 1)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_linear_and_its_gradients_are_those_of_autograd(shape, out, bias, frozen):
+    x, weight, b = draw(*shape), draw(out, shape[-1], seed=1), draw(out, seed=2) if bias else None
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        module = kernels.quick_linears(torch.nn.Sequential(torch.nn.Linear(shape[-1], out, bias=bias, dtype=dtype)))[0]
+        module.weight.data, h = weight.to(dtype), x.to(dtype).clone().requires_grad_()
+        if bias:
+            module.bias.data = b.to(dtype)
+        module.weight.requires_grad_(not frozen)
+        y = module(h)
+        if dtype == torch.float32 and kernels.ONEDNN and not torch.cuda.is_available():
+            assert (type(y.grad_fn).__name__ == "OneDNNLinearBackward") == (shape[0] > 1)
+        y.sum().backward(retain_graph=True)  # its gradient is one number, seen everywhere: no storage to speak of
+        (y * torch.arange(1, out + 1, dtype=dtype)).sum().backward()
+        assert (module.weight.grad is None) == frozen
+        results.append([y, h.grad, *([] if frozen else [module.weight.grad]), *([module.bias.grad] if bias else [])])
+    for want, got in zip(*results):
+        same(got, want, torch.float32, "linear")
+
+
+# -----------------------------------------------------------------------------
 # attention
 
 
