@@ -11,16 +11,16 @@
     python bench.py scale --model opt-13b --world 8..1024      # on paper: a step on many GPUs, from what was measured on one
 
 Both sides of a comparison run in one process, turn by turn; a row is the median of --repeats turns, a ratio the median of their ratios.
-Ceilings (copying, matrix products) are measured in the same run. Everything is also written to OUT/DEVICE-WHAT.json, with versions and commit.
+Ceilings (copying, matrix products) are measured in the same run. Everything is also written to OUT/DEVICE-TASK.json, or OUT/DEVICE-TASK-MODEL.json, with versions and commit.
 """
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import math
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -123,9 +123,28 @@ def device_name():
     return torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else f"cpu-{torch.get_num_threads()}-threads"
 
 
+def fresh():
+    """Gives back what is no longer used (DeepSpeed's engines hold cycles), and begins to record the most memory anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def seconds(f, at_least=0.2):
-    """Median time of a call, of 5 groups of calls that take at_least seconds together."""
+    """Median time of a call. On a CPU of 5 groups of calls that take at_least seconds together; on a GPU of 20, each as a graph, as the engine runs it,
+    after something else has filled the cache."""
     f(), f()
+    if torch.cuda.is_available():
+        graph, cache, events = torch.cuda.CUDAGraph(), torch.empty(2**28, dtype=torch.uint8, device="cuda"), []
+        with torch.cuda.graph(graph):
+            f()
+        for _ in range(20):
+            cache.zero_()
+            events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            events[-1][0].record(), graph.replay(), events[-1][1].record()
+        torch.cuda.synchronize()
+        return statistics.median(a.elapsed_time(b) for a, b in events) / 1e3
     clock = utils.Clock()
     f()
     n = max(1, int(at_least / 5 / max(clock.lap(), 1e-7)))
@@ -179,6 +198,8 @@ def generate(cfg, peak):
     """Sampling at temperature 1: fixed lengths (no EOS), and answers that end at geometric lengths (mean 32, at most 256)."""
     rows = []
     for name in cfg.model.split(","):
+        lm = engine = None
+        fresh()
         lm = build(name, utils.precision(cfg.dtype), cfg.prompt_len + max(cfg.new_tokens, 256))
         V, g = lm.config.vocab_size, torch.Generator().manual_seed(cfg.seed)
         engine = HybridEngine(lm)
@@ -245,6 +266,8 @@ def train(cfg, peak):
                  "PPO, actor": (lm, language, lambda x: script.actor_loss(x, old[: len(x)], zeros[: len(x), :A] + 1, mask[: len(x)], 0.2), B * A),
                  "PPO, critic": (rm, scores, lambda v: script.critic_loss(v, zeros[: len(v)], zeros[: len(v)], zeros[: len(v)] + 1, 0.2), 0)}
         for kind, (make, run, loss, heads) in kinds.items():
+            engine = None
+            fresh()
             engine = engine_of(make())
             runs = [s for s, _ in turns(cfg.repeats, step=lambda _, engine=engine: run(engine, loss))["step"]]
             s = statistics.median(runs)
@@ -252,17 +275,17 @@ def train(cfg, peak):
             rows.append({"model": name, "step": kind, "batch": B, "length": T, "seconds": s, "tokens_per_s": B * T / s, "mfu": work / s / peak["flop_per_s"],
                          "memory_gib": utils.memory_gib(), "runs": runs})
             print(f"{name:<12}{kind:<14}{B:>4} x {T:<5}{s:>8.3f} s  {B * T / s:>10,.0f} tokens/s   MFU {rows[-1]['mfu']:.0%}", flush=True)
-            del engine
     return rows
 
 
 @contextlib.contextmanager
 def stand_ins(cfg, name, stop, side):
-    """Within: ppo.py's models are random ones of these shapes, nothing is saved, and an answer ends where `stop` says (token ids, or None: never).
+    """Within: ppo.py's models are random ones of these shapes, nothing is saved, little is evaluated, and an answer ends where `stop` says (token ids, or None: never).
     side: hybrid; or hf, where matrix products are PyTorch's own too, so that nothing but the kernel of log-probabilities is ours."""
     import ppo as script
     from reward import RewardModel
-    kept = [(o, k, o.__dict__[k]) for o, k in ((models, "load_lm"), (models, "load_tokenizer"), (models, "save_model"), (RewardModel, "from_pretrained"), (script, "make_engine"), (kernels, "ONEDNN"))]
+    kept = [(o, k, o.__dict__[k]) for o, k in ((models, "load_lm"), (models, "load_tokenizer"), (models, "save_model"), (RewardModel, "from_pretrained"), (script, "make_engine"), (kernels, "ONEDNN"),
+                                                (training, "CHECKPOINTS"), (script, "EVALS"), (script, "EVAL_ROWS"))]
 
     def engine(*args):
         e = make(*args)
@@ -276,6 +299,8 @@ def stand_ins(cfg, name, stop, side):
     models.save_model = lambda *args, **kwargs: None
     RewardModel.from_pretrained = classmethod(lambda cls, path, dtype: cls(build(cfg.critic or name, dtype, context, "AutoModelForSequenceClassification")))
     script.make_engine = engine
+    training.CHECKPOINTS = script.EVALS = 1  # at the end, which has none
+    script.EVAL_ROWS = 2
     kernels.ONEDNN = kernels.ONEDNN and side == "hybrid"
     try:
         yield script
@@ -286,11 +311,11 @@ def stand_ins(cfg, name, stop, side):
 
 def iterations(cfg, name, batch, new, stop, engine, count):
     """Metrics of each iteration of ppo.py but the first, one update each, as in DeepSpeed-Chat's benchmark."""
+    fresh()
     with tempfile.TemporaryDirectory() as folder, stand_ins(cfg, name, stop, engine) as script:
         skip = len(models.tiny_tokenizer()("Human: \nAssistant:")["input_ids"])
         prompts = [{"prompt": f"{i:08d}".ljust(cfg.prompt_len - skip, "x")[: cfg.prompt_len - skip]} for i in range(int(1.3 * batch * count) + 64)]
         Path(f"{folder}/prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
-        script.EVAL_ROWS = 2
         with contextlib.redirect_stdout(io.StringIO()):
             script.main(script.Config(data=f"{folder}/prompts.jsonl", out=f"{folder}/out", max_len=cfg.prompt_len + new, max_new_tokens=new, batch_size=batch,
                                       micro_batch=cfg.micro_batch or 32, iterations=count, minibatches=1, ppo_epochs=1, engine=engine, dtype=cfg.dtype, ema=0.0,
@@ -370,7 +395,7 @@ def kernel(cfg, peak):
             "rotary and cache": (lambda: kernels.rope_and_cache(q[:B], k[:B], v[:B], kc, vc, slots, at, cos, sin), rope, B * (2 * H + 4 * K) * D * size, 0),
             "add and norm": (lambda: kernels.add_norm(hidden, hidden, weight, bias, 1e-5, False), lambda: (F.layer_norm(s := hidden + hidden, (E,), weight, bias), s),
                              4 * hidden.numel() * size, 0),
-            "sampling": (lambda: kernels.sample(logits, u, 1.0), lambda: (t := torch.multinomial((p := logits.float().log_softmax(-1)).exp(), 1), p.gather(1, t)), B * V * size, 0),
+            "sampling": (lambda: kernels.sample(logits, u, 1.0), lambda: (t := ((p := logits.float().log_softmax(-1)).exp() / torch.empty_like(p).exponential_()).argmax(-1, True), p.gather(1, t)), B * V * size, 0),
             "log-probabilities": (lambda: kernels.token_logprobs(hidden, head, targets), lambda: -F.cross_entropy((hidden @ head.T).float(), targets, reduction="none"),
                                   (V * E + B * P * E) * size, 2 * B * P * E * V),
         }
@@ -453,6 +478,8 @@ def fit(cfg, peak):
                         gib = job.get()
                     except torch.OutOfMemoryError:
                         error = "out of memory"
+                    except Exception as e:  # near the edge libraries fail in ways of their own: what was measured before is kept
+                        error = f"{type(e).__name__}: {models.first_line(e)}"
                 pool.terminate()
             rows.append({"how": how, "model": name, "memory_gib": gib, "error": error})
             print(f"{how:<20}{name:<10}" + (f"trains, {gib:.1f} GiB at most" if gib else error), flush=True)
@@ -497,8 +524,8 @@ def step_on(world, name, critic, sheet, share, mfu, prompt=256, new=256, batch=1
 
 def scale(cfg, peak):
     """On paper. The two shares are taken from this folder's generate and ppo results of a GPU where there are some; else they are assumptions, and the table says so."""
-    found = sorted(Path(cfg.out).glob("NVIDIA*-ppo.json"))
-    generated = sorted(Path(cfg.out).glob("NVIDIA*-generate.json"))
+    found = [p for p in sorted(Path(cfg.out).glob("NVIDIA*-ppo*.json")) if not json.loads(p.read_text())["config"]["lora"]]  # of adapters the work is another
+    generated = sorted(Path(cfg.out).glob("NVIDIA*-generate*.json"))
     share, mfu, basis = 0.7, 0.5, "ASSUMED shares, no GPU measured: 70% of the bandwidth in decode, 50% MFU elsewhere"
     gpu = "H100"
     if found and generated:
@@ -534,11 +561,11 @@ def main(cfg, task):
     peak = ceilings(utils.precision(cfg.dtype)) if task in ("generate", "train", "ppo", "kernels") else None
     rows = TASKS[task](cfg, peak)
     import transformers
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     record = {"task": task, "config": dataclasses.asdict(cfg), "device": device_name(), "processor": platform.processor() or platform.machine(),
               "threads": torch.get_num_threads(), "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-              "commit": git or None, "time": time.strftime("%Y-%m-%d %H:%M"), "ceilings": peak, "rows": rows}
-    path = Path(cfg.out) / (f"{task}.json" if task == "scale" else f"{device_name()}-{task}.json")
+              "commit": utils.commit(), "time": time.strftime("%Y-%m-%d %H:%M"), "ceilings": peak, "rows": rows}
+    what = [device_name(), task, *[cfg.model.replace(",", "+")] * (cfg.model != Config.model), *[f"lora-{cfg.lora}"] * bool(cfg.lora)]
+    path = Path(cfg.out) / (f"{task}.json" if task == "scale" else f"{'-'.join(what)}.json")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1))
     print(f"wrote {path}")

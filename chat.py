@@ -41,7 +41,7 @@ def answer(engine, tokenizer, messages, template, cfg, turn):
         if len(messages) < 3:
             raise utils.UserError(f"a prompt of {len(ids)} tokens and --max-new-tokens {cfg.max_new_tokens} are more than the model's "
                                   f"context of {context}; shorten one of them")
-        messages = messages[2:]  # the oldest turn no longer fits: forget it
+        del messages[:2]  # the oldest turn no longer fits: forget it
         print("(the oldest turn is forgotten: the conversation is longer than the model's context)")
     said, shown = [], ""
     for token in engine.stream(ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.eos_token_id, cfg.seed + turn):
@@ -56,7 +56,7 @@ def answer(engine, tokenizer, messages, template, cfg, turn):
 
 def main(cfg):
     utils.quiet()
-    template = data.check_template(cfg.template)
+    template = data.check_template(cfg.template, cfg.model)
     tokenizer = models.load_tokenizer(cfg.model)
     lm = models.load_lm(cfg.model, utils.precision(cfg.dtype)).eval()
     engine = make_engine(cfg.engine, lm.to("cuda" if torch.cuda.is_available() else "cpu"))

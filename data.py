@@ -5,7 +5,8 @@
 
 A source is a file (.jsonl .json .txt .parquet, also .gz), a name in SOURCES, a folder or a name on the Hugging Face hub.
 To add one of your own, write a generator of at most ten lines and put it into SOURCES; `toy` below is one. Tokens are made
-once, by one process a machine, under a name that is a hash of all that they depend on; so there is no stale cache.
+once, by one process a machine, under a name that is a hash of all that they depend on; so there is no stale cache (but of a
+name on the hub: there it is the name alone).
 
 A row is a prompt and up to two answers to it. Its tokens are `prompt ids + answer ids + EOS`: the two parts are tokenized
 apart, exactly as they meet again when the policy answers a prompt, and EOS is an id, not text.
@@ -156,16 +157,31 @@ def convert(row, where):
     for fields, converter in FORMATS:
         if all(f in row for f in fields):
             try:
-                return converter(row)
+                if (out := converter(row)) is not None:
+                    check_text(out)
+                return out
             except (ValueError, TypeError, KeyError, AttributeError) as e:
-                raise UserError(f"{where}: cannot read this row as {'/'.join(fields)}: {e}") from None
+                what = f"there is no {e}" if isinstance(e, KeyError) else e
+                raise UserError(f"{where}: cannot read this row as {'/'.join(fields)}: {what}") from None
     known = "; ".join("/".join(fields) for fields, _ in FORMATS)
     raise UserError(f"{where}: unknown fields {sorted(row)}; a row needs one of: {known}")
+
+
+def check_text(out):
+    """Raises ValueError where a converted row holds something else than text that can be written down."""
+    messages, *answers = out
+    for x in [m["content"] for m in messages] + [m["role"] for m in messages] + [a for a in answers if a is not None]:
+        if not isinstance(x, str):
+            raise ValueError(f"{str(x)[:40]!r} stands where text is needed")
+        x.encode()  # half of a surrogate pair is no text
+    if not messages and answers[0] is None:
+        raise ValueError("it has neither a prompt nor a text")
 
 
 # -----------------------------------------------------------------------------
 # reading
 
+KINDS = (".jsonl", ".json", ".txt", ".parquet")
 
 def read(source):
     """Yields (where, row): the row as it stands in the source, and the words that lead a person to it."""
@@ -173,7 +189,7 @@ def read(source):
         yield from ((f"{source}, row {i}", row) for i, row in enumerate(SOURCES[source](), 1))
         return
     path, kind = Path(source), Path(source.removesuffix(".gz")).suffix
-    if path.is_dir() or (not kind and not path.exists()):
+    if path.is_dir() or (kind not in KINDS and not path.exists()):
         try:
             from datasets import load_dataset  # a folder in the hub's layout, or a name on the hub
         except ImportError:
@@ -187,16 +203,19 @@ def read(source):
         return
     if not path.is_file():
         raise UserError(f"--data {source}: no such file")
+    if kind not in KINDS:
+        raise UserError(f"--data {source}: unknown kind of file {kind!r}; known are {' '.join(KINDS)}, and these with .gz")
     if kind == ".parquet":
         try:
             import pyarrow.parquet as parquet
         except ImportError:
             raise UserError(f"--data {source}: to read parquet first `pip install pyarrow`") from None
-        rows = (row for part in parquet.ParquetFile(path).iter_batches() for row in part.to_pylist())
+        try:
+            rows = (row for part in parquet.ParquetFile(path).iter_batches() for row in part.to_pylist())
+        except (OSError, ValueError) as e:
+            raise UserError(f"--data {source}: cannot be read as parquet ({e})") from None
         yield from ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
         return
-    if kind not in (".jsonl", ".json", ".txt"):
-        raise UserError(f"--data {source}: unknown kind of file {kind!r}; known are .jsonl .json .txt .parquet, and these with .gz")
     with (gzip.open if source.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
         try:
             if kind == ".txt":
@@ -244,12 +263,16 @@ def parse_sources(data):
 # template and tokens
 
 
-def render(messages, template, tokenizer):
-    """The text that the policy continues. template: text with {prompt} in it, once a user's turn; 'chat': the tokenizer's."""
+def render(messages, template, tokenizer, where="the conversation"):
+    """The text that the policy continues. template: text with {prompt} in it, once a user's turn; 'chat': the tokenizer's. where: for errors."""
     if template == "chat":
         if not tokenizer.chat_template:
             raise UserError("--template chat: this tokenizer has no chat template; leave the flag out, or give one with {prompt}")
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        from jinja2 import TemplateError
+        try:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as e:
+            raise UserError(f"{where}: the tokenizer's chat template refuses it: {e}") from None
     blocks = []
     for m in messages:
         if m["role"] == "user":
@@ -266,10 +289,15 @@ def glue(template):
     return "" if template == "chat" or template[-1:].isspace() else " "
 
 
-def check_template(template):
+def check_template(template, *folders):
+    """The template to use. Warns where one of these folders is that of a run with another one."""
     if template != "chat" and "{prompt}" not in template:
         raise UserError(f"--template {template!r} has no {{prompt}} in it, so every prompt would be the same")
-    return template.replace("\\n", "\n")  # a shell passes the two characters \n
+    template = template.replace("\\n", "\n")  # a shell passes the two characters \n
+    for run in (Path(folder) / "run.json" for folder in folders if folder):
+        if run.is_file() and (was := json.loads(run.read_text())["config"].get("template", template).replace("\\n", "\n")) != template:
+            print0(f"warning: {run.parent} was trained with --template {was!r}, and here it is {template!r}")
+    return template
 
 
 def prompt_ids(texts, template, tokenizer):
@@ -287,21 +315,22 @@ def answer_ids(texts, template, tokenizer):
     if not texts:
         return []
     ids = tokenizer([t and glue(template) + t for t in map(str.strip, texts)], add_special_tokens=False)["input_ids"]
-    return [i + [tokenizer.eos_token_id] for i in ids]
+    eos = tokenizer.eos_token_id
+    return [i + [eos] * (i[-1:] != [eos]) for i in ids]  # some texts end in the tokenizer's own word for it
 
 
 def fingerprint(source, template, tokenizer):
     """A hash of all that the tokens depend on: the rows themselves, the tokenizer, the template."""
     h = hashlib.sha256(json.dumps([VERSION, source, template, tokenizer.chat_template if template == "chat" else None,
                                    tokenizer.bos_token_id, tokenizer.eos_token_id]).encode())
+    h.update(Path(__file__).read_bytes())
     h.update(tokenizer.backend_tokenizer.to_str().encode() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab()).encode())
     if source not in SOURCES and Path(source).is_file():
         with open(source, "rb") as f:
             while block := f.read(2**20):
                 h.update(block)
-    else:
-        h.update(Path(__file__).read_bytes() if source in SOURCES else repr(sorted(
-            (str(p), p.stat().st_mtime_ns) for p in Path(source).rglob("*"))).encode())
+    elif source not in SOURCES:
+        h.update(repr(sorted((str(p), p.stat().st_mtime_ns) for p in Path(source).rglob("*"))).encode())
     return h.hexdigest()[:32]
 
 
@@ -314,11 +343,7 @@ def tokenize(source, template, tokenizer, folder):
         while block := list(islice(rows, 1000)):
             kept = [row for _, row in block if row is not None]
             skipped += len(block) - len(kept)
-            for where, row in block:
-                bad = row and next((x for x in [m["content"] for m in row[0]] + list(row[1:]) if not isinstance(x, str | None)), None)
-                if bad is not None and row:
-                    raise UserError(f"{where}: a field holds {str(bad)[:40]!r} where text is needed")
-            texts = [render(row[0], template, tokenizer) if row[0] else "" for row in kept]
+            texts = [render(row[0], template, tokenizer, where) if row[0] else "" for where, row in block if row is not None]
             parts = [prompt_ids(texts, template, tokenizer)]
             for k in (1, 2, 3):
                 have = [i for i, row in enumerate(kept) if row[k] is not None]
@@ -418,10 +443,12 @@ def load(data, step, split, held_out, template, tokenizer, max_len):
                 notes.append(f"{n:,} {why}")
             fits &= ~bad
 
+        if not need:
+            leave_out((parts[:, 0] == 1) & np.isin(t[b[:, 0]], [x for x in (tokenizer.bos_token_id, tokenizer.eos_token_id) if x is not None]), "without a prompt")
         for w in need:
             leave_out(parts[:, COLUMN[w]] == 0, f"without '{w}'")
         if not fits.any():
-            raise UserError(f"--data {source}: no row has {' and '.join(need)}, which this step needs")
+            raise UserError(f"--data {source}: no row has {' and '.join(need) or 'a prompt'}, which this step needs")
         if step == "reward":
             leave_out(np.array([np.array_equal(t[c:d], t[d:e]) for _, _, c, d, e in b]), "with equal answers")
         total = parts[:, 0] + parts[:, [COLUMN[w] for w in need]].max(1, initial=0)
@@ -438,7 +465,8 @@ def load(data, step, split, held_out, template, tokenizer, max_len):
         tokens.append(t), bounds.append(b[keep]), which.append(np.full(keep.sum(), k)), held.append(out[keep])
     bounds, which, held = np.concatenate(bounds), np.concatenate(which), np.concatenate(held)
     weights = None if sources[0][1] is None else [w for _, w in sources]
-    train, test = (Rows(tokens, bounds[m], which[m], weights) for m in (~held, held))
+    test = np.random.default_rng(0).permutation(np.flatnonzero(held))  # an evaluation takes the first ones: they are a sample of all sources
+    train, test = (Rows(tokens, bounds[m], which[m], weights) for m in (np.flatnonzero(~held), test))
     for rows, name in ((train, "to train on"), (test, "held out")):
         if not len(rows):
             raise UserError(f"--data {data}: no row is {name} (--split {split or 'all'}, --held-out {held_out}); "
@@ -478,12 +506,13 @@ def epoch_order(rows, epoch, seed):
 
 def batches(rows, lengths, batch_size, epoch, seed, pool=4):
     """Yields index arrays (batch_size,): all that one optimizer step sees on all ranks. Rows are shuffled, sorted by length inside
-    pools of `pool` batches, cut, and the batches shuffled again; the last rows of an epoch that fill no batch wait for another."""
+    pools of `pool` batches, cut, and the batches shuffled again; a pool of one is not sorted. The last rows of an epoch that fill no batch wait for another."""
     rng = np.random.default_rng([seed, epoch, 1])
     order = epoch_order(rows, epoch, seed)
     order = order[: len(order) // batch_size * batch_size]
     size = pool * batch_size
-    order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in np.split(order, range(size, len(order), size))] or [order])
+    if pool > 1:
+        order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in np.split(order, range(size, len(order), size))] or [order])
     cut = order.reshape(-1, batch_size)
     yield from cut[rng.permutation(len(cut))]
 

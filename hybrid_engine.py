@@ -197,9 +197,9 @@ class HybridEngine:
         if tp > 1:
             self._init_tensor_parallel()
         self.k = self.v = self.weights = None
-        self.stats, self.told, self.eos_tensors, self.graphs, self.addresses = {}, set(), {}, {}, None
+        self.stats, self.told, self.eos_tensors, self.addresses = {}, set(), {}, None
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._forget_graphs()
 
     def _init_tensor_parallel(self):
         tp, inner = self.tp, getattr(self.config, "intermediate_size", None) or getattr(self.config, "ffn_dim", None) or 4 * self.config.hidden_size
@@ -287,7 +287,8 @@ class HybridEngine:
         self.weight_bytes = sum(x.numel() * x.element_size() for x in tensors) - (0 if tied else self.embed.numel() * self.embed.element_size())
         addresses = tuple(x.data_ptr() for x in tensors)
         if addresses != self.addresses:  # an optimizer step keeps them; whatever moved the weights cost us the graphs
-            self.graphs, self.addresses = {}, addresses
+            self._forget_graphs()
+            self.addresses = addresses
 
     def _tensors(self):
         """All weights of the decoder, in a fixed order."""
@@ -419,7 +420,7 @@ class HybridEngine:
         self.tokens[slots, at] = torch.where(live, new, self.tokens[slots, at])
         self.logprobs[slots, at] = torch.where(live, logprob, self.logprobs[slots, at])
         self.at[slots] = at
-        self.done[slots] |= torch.isin(new, self.eos) | (at >= self.last[slots])
+        self.done[slots] |= (new[:, None] == self.eos).any(1) | (at >= self.last[slots])      # not isin: of many ids it would sort, which no graph can
 
     # ---- scheduling ----
 
@@ -434,6 +435,10 @@ class HybridEngine:
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         else:
             free = psutil.virtual_memory().available
+        if self.tp > 1:  # ranks of a group make the same steps, so they plan with the memory of the one that has least
+            least = torch.tensor(free, dtype=torch.float64, device=self.device)
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
+            free = least.item()
         budget = self.kv_gib * 2**30 if self.kv_gib else 0.8 * free
         self.full = max(1, min(int(budget // slot), self.max_batch or 2**31))
         if slot > budget:
@@ -555,6 +560,8 @@ class HybridEngine:
         self.stats = dict.fromkeys(("gather_s", "prefill_s", "decode_s"), 0.0) | dict.fromkeys(("prefill_tokens", "decode_tokens", "decode_steps"), 0)
         start = time.perf_counter()
         self._collect()
+        if self.copies and self.device.type == "cuda":
+            torch.cuda.synchronize()
         self.stats["gather_s"] = time.perf_counter() - start if self.copies else 0.0
         self.sampling = (temperature, top_k, top_p)
         eos = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
@@ -612,8 +619,12 @@ class HybridEngine:
             yield from self.tokens[0, at:end].tolist()
             at = end
 
+    def _forget_graphs(self):
+        """NOTE: a pool whose graphs are all gone takes no new ones while cuBLAS keeps its workspace in it (torch 2.11): the next have a pool of their own."""
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
     def _free_arena(self):
-        self.graphs = {}
+        self._forget_graphs()
         self.k = self.v = self.tokens = self.logprobs = None
 
     def release(self):
@@ -658,7 +669,14 @@ class HFEngine:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if seed is not None:
                 torch.manual_seed(int(row_keys(seed, 1)[0] if isinstance(seed, int) else kernels.mix(row_keys(seed, len(seed)).sum())))
-            out = self.module.generate(ids, attention_mask=mask, generation_config=how, synced_gpus=self.sharded, logits_processor=LogitsProcessorList([temper]))
+            # NOTE: while it trains with recomputing, transformers drops the cache; and what `how` leaves open it takes from the model's own settings, such as a
+            # repetition penalty, and then samples from another distribution than the one that is trained.
+            training, own = self.module.training, self.module.generation_config
+            try:
+                self.module.eval().generation_config = GenerationConfig()
+                out = self.module.generate(ids, attention_mask=mask, generation_config=how, synced_gpus=self.sharded, logits_processor=LogitsProcessorList([temper]))
+            finally:
+                self.module.train(training).generation_config = own
         answers = out[:, width:]                                                              # (N, A)
         logprobs = torch.cat([*logprobs, said[0].gather(1, answers[:, -1:])], 1)              # (N, A)
         ended = torch.isin(answers, torch.tensor(eos, dtype=torch.long, device=device))

@@ -72,10 +72,17 @@ def load_pretrained(auto_class, path, config, may_miss=()):
     return model
 
 
+def cast(model, dtype):
+    """NOTE: not model.to(dtype), which rounds buffers too: bf16 frequencies of rotary positions turn by other angles far out."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
 def load_lm(path, dtype):
     """A causal LM to train or to ask; `tiny` is the built-in one, from scratch."""
     if path == "tiny":
-        return tiny_lm().to(dtype)
+        return cast(tiny_lm(), dtype)
     from transformers import AutoModelForCausalLM
     config = load_config(path)
     config.dtype = dtype
@@ -190,7 +197,7 @@ def lora_spec(text):
         for item in more:
             key, value = item.split("=")
             spec[key] = {"alpha": float, "lr": float, "targets": lambda v: tuple(v.split("+"))}[key](value)
-        assert spec["rank"] >= 0
+        assert spec["rank"] >= 0 and all(spec[k] is None or spec[k] > 0 for k in ("alpha", "lr"))
     except (ValueError, KeyError, AssertionError):
         raise UserError(f"--lora {text}: write a rank, and if you like more behind it, such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj") from None
     return {**spec, "alpha": spec["alpha"] or 2 * spec["rank"]}
@@ -231,19 +238,19 @@ def answer_index(prompt_lens, answer_lens):
 # saving
 
 
-def gathered(*params):
-    """Within: whole parameters, where ZeRO-3 keeps only a shard of each on this rank. Tied ones may be named twice."""
+def gathered(*params, write=False):
+    """Within: whole parameters, where ZeRO-3 keeps only a shard of each on this rank. Tied ones may be named twice. write: what rank 0 makes of them is kept."""
     sharded = list(dict.fromkeys(p for p in params if hasattr(p, "ds_id")))
     if not sharded:
         return contextlib.nullcontext()
     import deepspeed
-    return deepspeed.zero.GatheredParameters(sharded)
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None)
 
 
 @torch.no_grad()
-def whole_state(model, value=torch.Tensor.detach):
+def whole_state(model):
     """Names and whole tensors on the CPU, on rank 0 (elsewhere {}), gathered a few at a time. Adapters are merged into copies of their
-    base, so the names are those of the model without them. value(parameter) is what is saved of it."""
+    base, so the names are those of the model without them."""
     out, adapters = {}, {name + ".base.weight": m for name, m in model.named_modules() if isinstance(m, LoRA)}
     for name, p in model.named_parameters():
         if is_adapter(name):
@@ -251,8 +258,8 @@ def whole_state(model, value=torch.Tensor.detach):
         lora = adapters.get(name)
         params = (p, lora.lora_A, lora.lora_B) if lora else (p,)
         with gathered(*params):
-            w, *AB = [value(q).cpu().clone() for q in params]  # perhaps a collective: on every rank
             if dist.get_rank() == 0:
+                w, *AB = [q.detach().cpu().clone() for q in params]
                 if lora:
                     delta = lora.scale * (AB[1].float() @ AB[0].float())
                     w = w.float() + (delta.T if is_conv1d(lora.base) else delta)
@@ -260,10 +267,10 @@ def whole_state(model, value=torch.Tensor.detach):
     return out
 
 
-def save_model(lm, tokenizer, out, value=torch.Tensor.detach, **config):
+def save_model(lm, tokenizer, out, **config):
     """A folder that `from_pretrained` loads with nothing of ours installed. lm: the HF model; config: more entries for its config. Adapters are merged
     into it; beside them stands adapters/, in PEFT's format, without the base."""
-    state, adapters = whole_state(lm, value), adapter_state(lm, value)
+    state, adapters = whole_state(lm), adapter_state(lm)
     if dist.get_rank() == 0:
         for k, v in config.items():
             setattr(lm.config, k, v)
@@ -284,13 +291,13 @@ def save_model(lm, tokenizer, out, value=torch.Tensor.detach, **config):
 
 
 @torch.no_grad()
-def adapter_state(lm, value=torch.Tensor.detach):
+def adapter_state(lm):
     """Adapters and, where there is one, the scalar head, under the names that PEFT gives them; on rank 0 (elsewhere {}), and {} without adapters."""
     out, head = {}, "score.weight"
     for name, p in lm.named_parameters():
         if is_adapter(name) or name == head and any(isinstance(m, LoRA) for m in lm.modules()):
             with gathered(p):
-                w = value(p).cpu().to(p.dtype).clone()
+                w = p.detach().cpu().clone()
                 if dist.get_rank() == 0:
                     out[f"base_model.model.{name}" + ("" if name == head else ".weight")] = w
     return out

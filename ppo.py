@@ -38,7 +38,7 @@ from reward import RewardModel, at_end
 class Config:
     model: str = "out/sft"             # model folder or hub name to start from: the SFT model, also the reference
     reward_model: str = "out/reward"   # folder of the reward model, from which the critic starts too; empty: none, --reward alone
-    reward: str = ""                   # a function that scores answers, file.py:function or with a weight file.py:function:0.5; added to the reward model's
+    reward: str = ""                   # a function that scores answers, file.py:function or with a weight file.py:function:0.5; added to the reward model's, cut to +-5
     data: str = "toy"                  # sources, joined by commas, each with an optional :weight
     out: str = "out/ppo"               # folder of the run; it is itself a model folder
     split: str = ""                    # shares of the rows that steps 1, 2 and 3 get, such as 2,4,4; empty: all to each
@@ -63,7 +63,7 @@ class Config:
     ema: float = 0.992                 # decay of the actor's moving average, which is saved in OUT/ema; 0: none
     tp: int = 1                        # ranks that share one copy of the model while they generate
     old_logprobs: Literal["trainer", "engine"] = "trainer"  # whose log-probabilities the ratio starts from; the engine's save a forward pass
-    lora: str = ""                     # train adapters only: their rank, or such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: all weights
+    lora: str = ""                     # train adapters of the actor only (the critic trains all its weights): their rank, or such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: all weights
     seed: int = 1                      # of initial weights, of the order of rows and of sampling
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
     zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
@@ -74,6 +74,10 @@ class Config:
     def __post_init__(self):
         if self.temperature <= 0:
             raise utils.UserError(f"--temperature {self.temperature}: PPO learns from samples, so it must be above 0")
+        utils.at_least(self, 1, "batch_size", "minibatches", "iterations", "ppo_epochs", "max_new_tokens", "tp")
+        utils.at_least(self, 0, "micro_batch")
+        if self.ptx_data and self.ptx_coef and self.zero == 3 and self.save_memory in ("recompute", "both"):
+            raise utils.UserError("--ptx-data needs two forwards a backward, which DeepSpeed's ZeRO-3 cannot recompute; take --zero 2, or leave recomputing out")
         if self.batch_size % self.minibatches:
             raise utils.UserError(f"--batch-size {self.batch_size} is not divided by --minibatches {self.minibatches}")
         if not self.reward_model and not self.reward:
@@ -85,6 +89,7 @@ class Config:
 
 
 EVAL_ROWS = 512    # held-out prompts that are looked at, at most
+EVALS = 4          # times in a run, besides its start
 ADAM_EPS = 1e-5    # as in OpenAI's PPO: keeps the first steps, with tiny second moments, from being too long
 GAMMA = 1.0        # discount of a token: answers are short, and only their end is judged
 LAM = 0.95         # lambda of generalized advantage estimation
@@ -261,16 +266,22 @@ def main(cfg):
 
     # ---- four models, one tokenizer ----
     tokenizer = models.load_tokenizer(cfg.model)
+    if cfg.model == "tiny":
+        raise utils.UserError("--model tiny: its weights are random, and PPO begins with a model that answers; train one with sft.py first")
     if cfg.reward_model and not models.same_tokenizer(tokenizer, models.load_tokenizer(cfg.reward_model)):
         raise utils.UserError(f"{cfg.reward_model} has another tokenizer than {cfg.model}: the reward model would read other words than the "
                               "policy writes; train it from the same model")
-    eos, template = tokenizer.eos_token_id, data.check_template(cfg.template)
+    eos, template = tokenizer.eos_token_id, data.check_template(cfg.template, cfg.model, cfg.reward_model)
     rule = load_function(cfg.reward) if cfg.reward else None
     actor = models.Policy(models.add_lora(models.load_lm(cfg.model, dtype), cfg.lora))
     ref = None if models.lora_spec(cfg.lora)["rank"] else training.frozen_engine(models.Policy(models.load_lm(cfg.model, dtype)), device, cfg)  # or the actor, adapters off
     critic = RewardModel.from_pretrained(cfg.reward_model, dtype) if cfg.reward_model else RewardModel.from_lm(cfg.model, dtype)
     reward_model = training.frozen_engine(RewardModel.from_pretrained(cfg.reward_model, dtype), device, cfg) if cfg.reward_model else None
     context = min(models.context_length(m.config) for m in (actor.lm, critic and critic.model) if m)
+    words, known = actor.lm.config.vocab_size, min(m.config.vocab_size for m in (actor.lm, critic and critic.model) if m)
+    if known < words:
+        raise utils.UserError(f"{cfg.model} has {words} token ids and {cfg.reward_model} only {known}, so it could be asked of one that it lacks; give it as many "
+                              "(transformers' resize_token_embeddings), or train it from the same model")
     if cfg.max_new_tokens >= context:
         raise utils.UserError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a prompt in the models' context of {context} tokens")
 
@@ -314,7 +325,7 @@ def main(cfg):
         """What the exact checker says, on rank 0: 1 where an answer is right and ended."""
         return [gold(p, a) * e for p, a, e in zip(*said, finished.tolist())]
 
-    def evaluate(engine):
+    def evaluate():
         """Held-out prompts, sampled with fixed seeds: score with its standard error, KL an answer, gold accuracy."""
         n = min(len(held_out), EVAL_ROWS)
         rows = np.resize(np.arange(n), n + -n % world)                                        # some twice, so that ranks get equally many
@@ -330,7 +341,7 @@ def main(cfg):
     checkpoint = training.Checkpoint(cfg, cfg.iterations, ema=ema, actor=actor, critic=critic)
     start, state = checkpoint.restore()
     kl_coef, ptx_steps = state.get("kl_coef", cfg.kl_coef), state.get("ptx_steps", 0)
-    before = state.get("before") or evaluate(engine)
+    before = state.get("before") or evaluate()
     prompts = data.steps(train, train.lengths(), cfg.batch_size, cfg.seed, start, pool=1)         # a rollout is a random sample: no buckets
     if ptx_rows:
         text_lengths, text_tokens = ptx_rows.lengths("response"), ptx_rows.answer_lengths("response")
@@ -454,22 +465,24 @@ def main(cfg):
             for p, a, s, k, e, g in zip(*said, scores.tolist(), log_ratio.sum(1).tolist(), finished.tolist(), golds):
                 samples.write(json.dumps({"iteration": it, "prompt": p, "answer": a, "score": round(s, 4), "kl": round(k, 4), "eos": e, "gold": g}) + "\n")
             samples.flush()
-        if it == cfg.iterations or it % max(1, cfg.iterations // 4) == 0:
-            metrics |= evaluate(engine)
-        if ema and it == cfg.iterations:
-            ema.save(actor.module.lm, tokenizer, f"{cfg.out}/ema")
-            average = training.frozen_engine(models.Policy(models.load_lm(f"{cfg.out}/ema", dtype)), device, cfg)
-            with training.near(device, average):
-                metrics |= {k.replace("eval", "eval_ema"): v for k, v in evaluate(make_engine(cfg.engine, average, cfg.tp)).items()}
+        if it == cfg.iterations or it % max(1, cfg.iterations // EVALS) == 0:
+            metrics |= evaluate()
+        if it == cfg.iterations:
+            models.save_model(actor.module.lm, tokenizer, cfg.out)                            # a model folder
+            if ema:
+                with ema.in_place():
+                    models.save_model(actor.module.lm, tokenizer, f"{cfg.out}/ema")
+                    metrics |= {k.replace("eval", "eval_ema"): v for k, v in evaluate().items()}
         log(it, metrics)
         if rank == 0 and (it == 1 or it % max(1, cfg.iterations // 8) == 0):
             print(f"    {said[0][0][-60:]!r} -> {said[1][0]!r}  score {scores[0]:.2f}")
+        if metrics["score_clipped"] > 0.2:
+            utils.print0(f"    warning: {metrics['score_clipped']:.0%} of the scores lie outside +- {SCORE_CLIP} and are cut to it, so they are all alike; give --reward a weight "
+                         "that brings them there, such as file.py:function:0.1")
         if kl < -0.1:
             utils.print0(f"    warning: the mean KL is {kl:.2f}, below 0: a sampler and a trainer that agree cannot give that for long")
         checkpoint.save(it, kl_coef=kl_coef, ptx_steps=ptx_steps, before=before)
 
-    # ---- a model folder ----
-    models.save_model(actor.module.lm, tokenizer, cfg.out)
     checkpoint.finish()
     shown = "".join(f", {name} {before[k]:.3f} -> {metrics[k]:.3f}" for k, name in (("eval_gold", "gold"),) if k in metrics) + "".join(
         f" (average {metrics[k]:.3f})" for k in ("eval_ema_gold",) if k in metrics)

@@ -51,6 +51,10 @@ class Config:
     resume: bool = False               # go on after the last complete checkpoint in --out
     ds_config: str = ""                # JSON file merged over the DeepSpeed settings in training.train_engine
 
+    def __post_init__(self):
+        utils.at_least(self, 1, "batch_size")
+        utils.at_least(self, 0, "micro_batch", "epochs")
+
 
 EVAL_ROWS = 1024  # held-out pairs that are looked at, at most
 CENTRE = 0.003    # weight of (chosen + rejected)^2 in the loss (Eisenstein et al. 2023): pairs leave a prompt's level free, PPO needs it fixed
@@ -80,7 +84,7 @@ class RewardModel(nn.Module):
             model = AutoModelForSequenceClassification.from_config(config)
             model.base_model.load_state_dict(lm.base_model.state_dict())
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
-        return cls(model.to(dtype))
+        return cls(models.cast(model, dtype))
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32):
@@ -97,7 +101,7 @@ class RewardModel(nn.Module):
         """tokens (B, T) right-padded. Returns (B, T) float32, centred and scaled by what the config says."""
         hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state             # (B, T, E)
         offset, scale = (getattr(self.model.config, k, v) for k, v in (("score_offset", 0.0), ("score_scale", 1.0)))
-        return (self.model.score(hidden).squeeze(-1).float() - offset) * scale
+        return (F.linear(hidden.float(), self.model.score.weight.float()).squeeze(-1) - offset) * scale
 
     forward = values  # what DeepSpeed calls
 
@@ -128,16 +132,16 @@ def pair_scores(model, rows, indices, groups, device):
     return torch.cat(out)[torch.as_tensor(np.argsort(order), device=device)].view(-1, 2), slots
 
 
-def groups_for(lengths):
-    """Where lengths differ much, four shorter forwards beat one with a quarter of padding; a function of the data: the same on every rank."""
-    return 4 if lengths.std() > 0.25 * lengths.mean() else 1
+def groups_for(lengths, zero):
+    """Where lengths differ much, four shorter forwards beat one with a quarter of padding; a function of the data: the same on every rank. NOTE: under
+    ZeRO-3 weights that were gathered by several forwards stay until the step: there it is one."""
+    return 4 if zero < 3 and lengths.std() > 0.25 * lengths.mean() else 1
 
 
 @torch.no_grad()
-def scores_of(engine, rows, indices, micro, rank, world, device):
+def scores_of(engine, rows, indices, groups, micro, rank, world, device):
     """Scores of the chosen and of the rejected answers, (n, 2), on every rank."""
     lengths = rows.lengths("chosen", "rejected")
-    groups = groups_for(lengths)
     return utils.ask_rows(lambda part: pair_scores(engine, rows, part, groups, device)[0], indices, lengths, micro, rank, world)
 
 
@@ -146,13 +150,13 @@ def main(cfg):
 
     # ---- model and data ----
     tokenizer = models.load_tokenizer(cfg.model)
-    template = data.check_template(cfg.template)
+    template = data.check_template(cfg.template, cfg.model)
     model = RewardModel.from_lm(cfg.model, utils.precision(cfg.dtype))
     models.add_lora(model.model, cfg.lora)
     max_len = min(cfg.max_len, models.context_length(model.model.config))
     train, held_out = data.load(cfg.data, "reward", cfg.split, cfg.held_out, template, tokenizer, max_len)
     lengths, both_lengths = train.lengths("chosen", "rejected"), train.lengths("chosen") + train.lengths("rejected")
-    groups = groups_for(lengths)
+    groups = groups_for(lengths, cfg.zero)
     micro, accumulate = utils.micro_batches(cfg.batch_size, cfg.micro_batch, world)
     total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
     utils.print0(f"step 2: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} pairs"
@@ -182,7 +186,7 @@ def main(cfg):
         metrics = {"epoch": epoch, "loss": loss, "accuracy": right / cfg.batch_size, "margin": margin / cfg.batch_size,
                    "lr": lr, "padding": 1 - both_lengths[indices].sum() / slots, "grad_norm": norms[0], "skipped": training.Skipped.total}
         if step == total or step % max(1, total // 10) == 0:
-            chosen, rejected = scores_of(engine, held_out, np.arange(min(len(held_out), EVAL_ROWS)), micro, rank, world, device).unbind(1)
+            chosen, rejected = scores_of(engine, held_out, np.arange(min(len(held_out), EVAL_ROWS)), groups, micro, rank, world, device).unbind(1)
             metrics.update(held_out_accuracy=(chosen > rejected).float().mean().item(), held_out_margin=(chosen - rejected).mean().item(),
                            held_out_loss=pairwise_loss(chosen, rejected).item(), held_out_pairs=len(chosen))
         log(step, metrics)
@@ -190,7 +194,7 @@ def main(cfg):
 
     # ---- centre and scale, on pairs that it was trained on: a chosen answer scores 0 on average, scores have variance 1 ----
     some = np.random.default_rng(cfg.seed).permutation(len(train))[:EVAL_ROWS]
-    scores = scores_of(engine, train, some, micro, rank, world, device)                        # (n, 2)
+    scores = scores_of(engine, train, some, groups, micro, rank, world, device)                        # (n, 2)
     offset, scale = scores[:, 0].mean().item(), 1 / max(scores.std().item(), 1e-3)
 
     # ---- a model folder ----

@@ -43,6 +43,10 @@ class Config:
     resume: bool = False               # go on after the last complete checkpoint in --out
     ds_config: str = ""                # JSON file merged over the DeepSpeed settings in training.train_engine
 
+    def __post_init__(self):
+        utils.at_least(self, 1, "batch_size")
+        utils.at_least(self, 0, "micro_batch", "epochs")
+
 
 EVAL_ROWS = 1024  # held-out rows that are looked at, at most
 
@@ -63,7 +67,7 @@ def main(cfg):
 
     # ---- model and data ----
     tokenizer = models.load_tokenizer(cfg.model)
-    template = data.check_template(cfg.template)
+    template = data.check_template(cfg.template, cfg.model)
     policy = models.Policy(models.load_lm(cfg.model, utils.precision(cfg.dtype)))
     models.add_lora(policy.lm, cfg.lora)
     max_len = min(cfg.max_len, models.context_length(policy.lm.config))

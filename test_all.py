@@ -287,7 +287,7 @@ def test_real_preferences_are_read_whole_and_batches_of_them_have_little_padding
     assert 0 <= equal <= 12, f"{len(rows) + len(held)} of 2,312 rows are there"
     lengths = rows.lengths("chosen", "rejected")
     nothing = lambda tokens: torch.zeros(tokens.shape)  # noqa: E731
-    slots = sum(reward.pair_scores(nothing, rows, part, reward.groups_for(lengths), "cpu")[1]
+    slots = sum(reward.pair_scores(nothing, rows, part, reward.groups_for(lengths, 0), "cpu")[1]
                 for batch in data.batches(rows, lengths, 32, 0, 1) for part in utils.deal(batch, lengths, 8, 0, 1))
     real = sum(rows.lengths(w)[np.concatenate(list(data.batches(rows, lengths, 32, 0, 1)))].sum() for w in ("chosen", "rejected"))
     assert 1 - real / slots < 0.10, f"{1 - real / slots:.1%} of the tokens are padding"
@@ -311,7 +311,16 @@ BAD_DATA = {
     "broken line": ("a.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt": "a", ', r"a.jsonl:2: not valid JSON"),
     "unknown fields": ("a.jsonl", '{"foo": 1}', r"a.jsonl:1: unknown fields \['foo'\]; a row needs one of: messages; prompt"),
     "not an object": ("a.jsonl", "[1, 2]", "a.jsonl:1: a row must be an object"),
-    "not text": ("a.jsonl", '{"prompt": "a", "response": 3}', "a.jsonl:1: a field holds '3' where text is needed"),
+    "not text": ("a.jsonl", '{"prompt": "a", "response": 3}', "a.jsonl:1: .*'3' stands where text is needed"),
+    "no words": ("a.jsonl", '{"question": null, "answer": "b"}', "a.jsonl:1: cannot read this row as question/answer: 'None' stands where"),
+    "a tool's call": ("a.jsonl", '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "b"}]}', "a.jsonl:1: .*'None' stands where"),
+    "no content": ("a.jsonl", '{"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}', "a.jsonl:1: cannot read this row as messages: there is no 'content'"),
+    "no role": ("a.jsonl", '{"messages": [{"content": "a"}]}', "a.jsonl:1: cannot read this row as messages: there is no 'role'"),
+    "not messages": ("a.jsonl", '{"prompt": ["a"]}', "a.jsonl:1: cannot read this row as prompt"),
+    "no text": ("a.jsonl", '{"text": null}', "a.jsonl:1: .*neither a prompt nor a text"),
+    "half a letter": ("a.jsonl", r'{"prompt": "a \ud83d", "response": "b"}', "a.jsonl:1: .*surrogate"),
+    "not parquet": ("a.parquet", "x", "cannot be read as parquet|first `pip install pyarrow`"),
+    "a name with a dot": ("someone/data-2.5-set", None, "neither a file here nor a data set|for a folder or a name on the Hugging Face hub first"),
     "empty": ("a.jsonl", "", "has no rows"),
     "no pair": ("a.jsonl", '{"prompt": "a", "response": "b"}', "no row has chosen and rejected"),
     "not a list": ("a.json", '{"prompt": "a"}', "must hold one list of rows"),
@@ -328,6 +337,34 @@ def test_bad_data_gets_one_sentence_that_says_where(case, tmp_path, tok):
         (tmp_path / name).write_text(content)
     with pytest.raises(utils.UserError, match=message):
         load_file(tmp_path / name, tok, "reward")
+
+
+def test_rows_are_ended_once_asked_something_and_held_out_from_every_source(tmp_path, tok):
+    path = write_rows(tmp_path / "eos.jsonl", [{"prompt": f"word {i}", "response": f"x{i}<eos>"} for i in range(40)])
+    rows, _ = load_file(path, tok)
+    assert all(rows.answer(i, "response").count(tok.eos_token_id) == 1 for i in range(len(rows))), "a text may end in the tokenizer's word for EOS"
+    text = write_rows(tmp_path / "text.jsonl", [{"text": f"line {i}"} for i in range(40)])
+    with pytest.raises(utils.UserError, match="text.jsonl: no row has a prompt"):
+        load_file(text, tok, "ppo")
+    a, b = (write_rows(tmp_path / f"{x}.jsonl", [{"prompt": f"{x} {i}"} for i in range(400)]) for x in "ab")
+    _, held = load_file(f"{a},{b}", tok, "ppo", held_out=0.5)
+    assert 0.3 < held.source[:100].mean() < 0.7, "the first rows, which are evaluated, come from both"
+
+
+def test_a_rollout_is_in_random_order_and_steps_of_the_others_are_sorted_in_pools(toy_file, tok):
+    rows, _ = load_file(toy_file, tok, "ppo", held_out=0.1)
+    lengths = rows.lengths()
+    (_, a), (_, b) = (next(data.steps(rows, lengths, 64, 1, pool=pool)) for pool in (1, 4))
+    early, late = lengths[a][:32].mean(), lengths[a][32:].mean()
+    assert abs(early - late) < lengths.std(), "the first optimizer steps of a rollout see no other lengths than the last"
+    assert (np.diff(lengths[a]) < 0).any() and (np.diff(lengths[b]) >= 0).all()
+
+
+def test_a_template_of_another_run_is_told(tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"template": "Q: {prompt}\\nA:"}}))
+    assert data.check_template("Q: {prompt}\nA:", str(tmp_path), "") == "Q: {prompt}\nA:" and not capsys.readouterr().out
+    data.check_template(TEMPLATE, str(tmp_path))
+    assert f"was trained with --template {'Q: {prompt}' + chr(10) + 'A:'!r}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("split, data_flag, message", [
@@ -795,6 +832,44 @@ def test_offload_leaves_optimizers_frozen_models_and_sharded_weights_on_the_cpu(
     assert Far.told == [torch.device("meta"), "cpu"], "there, and back whatever happens"
 
 
+@pytest.mark.parametrize("zero, micro_batch", [(2, 0), (2, 3), (3, 0), (3, 3)])
+def test_recomputing_and_several_forwards_a_backward_give_the_gradients_of_plain_training(zero, micro_batch, chain, toy_file, tmp_path):
+    """Rows so ragged that the reward model takes four forwards; and PPO with the mixture, which takes two."""
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": f"{i} " + "x" * (i * i % 150), "chosen": "a" * (i % 40), "rejected": "b" * (1 + i * 7 % 60)} for i in range(80)])
+    flags = dict(held_out=0.2, batch_size=8, model=chain["sft"][0])
+    lengths = load_file(pairs, models.load_tokenizer("tiny"), "reward")[0].lengths("chosen", "rejected")
+    assert reward.groups_for(lengths, 0) == 4 and reward.groups_for(lengths, 3) == 1
+    plain = train(reward, tmp_path / "plain", data=pairs, epochs=0.5, **flags)
+    other = train(reward, tmp_path / "other", data=pairs, epochs=0.5, zero=zero, save_memory="recompute", micro_batch=micro_batch, **flags)
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([r[key] for r in other], [r[key] for r in plain], rtol=5e-3, err_msg=key)
+    flags = dict(PPO_STEPS, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file, iterations=1, ptx_data=toy_file, micro_batch=micro_batch)
+    if zero == 3:
+        with pytest.raises(utils.UserError, match="--ptx-data needs two forwards"):
+            ppo.Config(**flags, zero=3, save_memory="recompute")
+    plain, other = train(ppo, tmp_path / "p", **flags), train(ppo, tmp_path / "o", **flags, zero=zero, save_memory="recompute" if zero == 2 else "no")
+    for key in ("actor_loss", "actor_grad_norm", "approx_kl"):
+        assert other[1][key] == pytest.approx(plain[1][key], rel=5e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_in_bfloat16_the_first_step_is_a_whole_one_and_rotary_frequencies_stay_float32(zero):
+    utils.boot(0)
+    cfg = ppo.Config(dtype="bf16", zero=zero)
+    make = lambda: models.Policy(models.cast(model_of("llama"), torch.bfloat16))  # noqa: E731
+    engine, device = training.train_engine(make(), 1e-3, 2, 1, cfg), utils.boot(0)[2]
+    frozen, frequencies = training.frozen_engine(make(), device, cfg), model_of("llama").model.rotary_emb.inv_freq
+    for name, policy in (("actor", engine.module), ("reference", getattr(frozen, "module", frozen)),
+                         ("reward model", reward.RewardModel.from_lm("tiny", torch.bfloat16))):
+        found = next(b for n, b in policy.named_buffers() if n.endswith("rotary_emb.inv_freq"))
+        assert found.dtype == torch.float32 and (name == "reward model" or torch.equal(found, frequencies)), name
+    before = [m.detach().clone() for m in training.masters(engine)]
+    engine.backward(-engine(torch.tensor(ragged([12, 12])), torch.tensor([5, 5]), torch.tensor([7, 7]))[0].mean())
+    training.step(engine)
+    moved = torch.cat([(a - b).detach().flatten().abs() for a, b in zip(before, training.masters(engine))])
+    assert moved.quantile(0.9) == pytest.approx(1e-3, rel=0.01), "Adam's first step is as long as the learning rate"
+
+
 def test_recomputing_runs_each_layer_again_in_the_backward_pass():
     utils.boot(0)
     calls = {}
@@ -803,7 +878,7 @@ def test_recomputing_runs_each_layer_again_in_the_backward_pass():
         cfg = ppo.Config(save_memory=save_memory)
         engine = training.train_engine(policy, 1e-3, 2, 1, cfg)
         n = calls[save_memory] = [0]
-        policy.lm.model.layers[1].mlp.register_forward_hook(lambda *_: n.__setitem__(0, n[0] + 1))
+        policy.lm.model.layers[1].mlp.register_forward_pre_hook(lambda *_: n.__setitem__(0, n[0] + 1))
         tokens = torch.tensor(ragged([12, 12]))
         engine.backward(-engine(tokens, torch.tensor([5, 5]), torch.tensor([7, 7]))[0].mean())
         assert policy.lm.model.layers[0].mlp.up_proj.lora_B.grad.abs().sum() > 0, "and the first layer's adapters get their gradient"
@@ -825,8 +900,12 @@ def test_the_average_is_that_of_the_float32_weights_to_five_digits_after_a_thous
     for got, ref in zip(ema.average, want):
         assert (got - ref).norm() / ref.norm() < 1e-5
     kept = [m.detach().clone() for m in training.masters(engine)]
-    ema.save(lm, tok, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(kept, training.masters(engine))), "saving leaves the masters as they were"
+    shards = [(p.ds_tensor if zero == 3 else p).detach().clone() for p in engine.trained]
+    with ema.in_place():
+        models.save_model(lm, tok, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(kept, training.masters(engine))), "looking at the average leaves the masters as they were"
+    assert all(torch.equal(a, p.ds_tensor if zero == 3 else p) for a, p in zip(shards, engine.trained)), "and the weights"
+    assert all((a - b).norm() > 0 for a, b in zip(ema.average, kept))
     if zero == 0:  # one master a parameter
         saved, i = models.load_lm(str(tmp_path), torch.float32), next(i for i, p in enumerate(engine.trained) if p is lm.transformer.wte.weight)
         torch.testing.assert_close(saved.transformer.wte.weight.double(), want[i], rtol=0.01 if dtype == "bf16" else 1e-5, atol=1e-5, check_dtype=False)
@@ -861,10 +940,10 @@ def test_the_gradient_of_the_mixture_is_the_sum_of_its_parts_and_a_coefficient_o
     assert gradients["text"].norm() > 0.01 and gradients["ppo"].norm() > 0.01
 
 
-def test_a_function_can_be_the_reward_alone_or_beside_the_model(flags, tmp_path):
+def test_a_function_can_be_the_reward_alone_or_beside_the_model(flags, tmp_path, capsys):
     path = tmp_path / "rules.py"
     path.write_text("def length(prompts, answers):\n    return [len(a) for a in answers]\n"
-                    "def fails(prompts, answers):\n    return [1 / (len(p) - len(prompts[0]) if 'sort' in p else 1) for p in prompts]\n"
+                    "def fails(prompts, answers):\n    return [1 / ('sort' not in p) for p in prompts]\n"
                     "def short(prompts, answers):\n    return [1.0]\n"
                     "def nan(prompts, answers):\n    return [float('nan')] * len(prompts)\n")
     (tmp_path / "broken.py").write_text("def f(:\n")
@@ -882,6 +961,9 @@ def test_a_function_can_be_the_reward_alone_or_beside_the_model(flags, tmp_path)
                           "has no function 'absent'": "absent", "is not a weight": "length:half", "write file.py:function": ""}.items():
         with pytest.raises(utils.UserError, match=message):
             samples("d", reward=f"{path}:{spec}")
+    capsys.readouterr()
+    train(ppo, tmp_path / "e", **{**flags, "reward_model": "", "reward": f"{path}:length:10"})
+    assert re.search(r"warning: \d+% of the scores lie outside \+- 5.0", capsys.readouterr().out)
     with pytest.raises(utils.UserError, match="--reward must name a function"):
         ppo.Config(reward_model="")
     with pytest.raises(utils.UserError, match="there is no file"):
@@ -1302,25 +1384,40 @@ def test_the_slow_path_has_the_same_interface_and_the_same_greedy_tokens():
         torch.testing.assert_close(plain_logprobs(lm, row, len(prompts[i]), 0.7), a.logprobs[i].double(), rtol=1e-3, atol=1e-3)
 
 
+def test_the_slow_path_samples_the_trained_distribution_whatever_the_model_is_set_to():
+    lm, prompts = model_of("llama"), ragged((4, 11))
+    want = HFEngine(lm).generate(prompts, 30, temperature=0.9, seed=4)
+    lm.generation_config.repetition_penalty, lm.generation_config.min_length, lm.generation_config.eos_token_id = 3.0, 20, 7
+    lm.gradient_checkpointing_enable(), lm.train()  # as while training with --save-memory recompute
+    got = HFEngine(lm).generate(prompts, 30, temperature=0.9, seed=4)
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logprobs, want.logprobs)
+    assert lm.training and lm.generation_config.repetition_penalty == 3.0, "and leaves the model as it was"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gpu_graph_replay_equals_eager_steps_across_an_optimizer_step(kind):
     lm, prompts = model_of(kind).cuda(), ragged((3, 30, 9, 1, 200))
     engine, eager = HybridEngine(lm), HybridEngine(lm)
     eager._step = eager._decode
-    for _ in range(2):
-        for temperature in (0.0, 1.0):
-            got, want = (e.generate(prompts, 40, temperature=temperature, eos_token_id=[7, 8], seed=3) for e in (engine, eager))
+    many = list(range(60, 97))
+    first = None
+    for turn in range(3):
+        for temperature, eos in ((0.0, [7, 8]), (1.0, [7, 8]), (1.0, many)):
+            got, want = (e.generate(prompts, 40, temperature=temperature, eos_token_id=eos, seed=3) for e in (engine, eager))
             assert rows_of(got) == rows_of(want)
             torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-3)
         graphs = {k: id(g) for k, g in engine.graphs.items() if g is not None}
         assert graphs, "steps were captured"
+        assert turn != 1 or graphs == first, "the graphs outlive a weight update"
+        first = graphs
+        if turn == 1:
+            engine.release()  # and after it, as after every rollout of PPO, others are captured
         lm(torch.tensor([prompts[1]], device="cuda"), labels=torch.tensor([prompts[1]], device="cuda")).loss.backward()
         with torch.no_grad():
             for p in lm.parameters():
                 p -= 0.1 * p.grad
                 p.grad = None
-    assert all(id(engine.graphs[k]) == g for k, g in graphs.items()), "the graphs outlive the weight update"
 
 
 def _engine_on_ranks(kinds, stages):
@@ -1410,6 +1507,12 @@ def test_mistakes_get_one_sentence(chain, toy_file, tmp_path):
     tok = json.load(open(tmp_path / "other" / "tokenizer.json"))
     tok["model"]["vocab"]["Ā"], tok["model"]["vocab"]["ā"] = tok["model"]["vocab"]["ā"], tok["model"]["vocab"]["Ā"]
     json.dump(tok, open(tmp_path / "other" / "tokenizer.json", "w"))
+    shutil.copytree(chain["reward"][0], tmp_path / "smaller")
+    small = RewardModel.from_pretrained(chain["reward"][0]).model
+    small.resize_token_embeddings(200)
+    small.config.pad_token_id = None
+    small.save_pretrained(tmp_path / "smaller")
+    (ds := tmp_path / "optimizer.json").write_text('{"optimizer": {"type": "AdamW"}}')
     flags = dict(PPO_STEPS, model=chain["sft"][0], reward_model=chain["reward"][0], data=toy_file, out=str(tmp_path / "x"))
     for message, call in {
         "this model folder has no tokenizer": lambda: ppo.main(ppo.Config(**{**flags, "model": str(tmp_path / "mute")})),
@@ -1418,9 +1521,18 @@ def test_mistakes_get_one_sentence(chain, toy_file, tmp_path):
         "is not a reward model": lambda: ppo.main(ppo.Config(**{**flags, "reward_model": chain["sft"][0]})),
         "leaves no room for a prompt in the models' context of 512": lambda: ppo.main(ppo.Config(**{**flags, "max_new_tokens": 600, "max_len": 700})),
         "the data has only .* rows for this step": lambda: sft.main(sft.Config(data=toy_file, held_out=0.97, batch_size=64, out=str(tmp_path / "x"))),
-        "is not divided by the 3 ranks": lambda: utils.micro_batches(8, 0, 3),
+        "not divided by the 3 ranks": lambda: utils.micro_batches(8, 0, 3),
         "has no {prompt} in it": lambda: data.check_template("Human:"),
         "--temperature 0": lambda: ppo.Config(temperature=0),
+        "--model tiny: its weights are random": lambda: ppo.main(ppo.Config(**{**flags, "model": "tiny"})),
+        "--minibatches 0: must be at least 1": lambda: ppo.Config(minibatches=0),
+        "--iterations 0: must be at least 1": lambda: ppo.Config(iterations=0),
+        "--micro-batch -1: must be at least 0": lambda: reward.Config(micro_batch=-1),
+        "--batch-size 0: must be at least 1": lambda: sft.Config(batch_size=0),
+        "--lora 8,alpha=0: write a rank": lambda: models.lora_spec("8,alpha=0"),
+        "optimizer is set by training.train_engine": lambda: training.read_ds_config(str(ds)),
+        '"auto" is a word of': lambda: training.read_ds_config(write_rows(tmp_path / "auto.json", [{"gradient_clipping": "auto"}])),
+        "has 258 token ids and .*smaller only 200": lambda: ppo.main(ppo.Config(**{**flags, "reward_model": str(tmp_path / "smaller")})),
         "is set by --batch-size": lambda: training.read_ds_config(write_rows(tmp_path / "ds.json", [{"train_batch_size": 3}])),
     }.items():
         with pytest.raises(utils.UserError, match=message):
@@ -1448,7 +1560,7 @@ def test_the_benchmarks_measure_and_keep_the_raw_numbers(tmp_path):
     for task, more in (("generate", ["--batch", "1,2"]), ("train", ["--batch", "4", "--micro-batch", "2"]), ("ppo", ["--batch", "4"]), ("kernels", []), ("scale", [])):
         code, said = command("bench.py", task, *small, *more)
         assert code == 0 and "Traceback" not in said, said
-        (path,) = tmp_path.glob(f"*{task}.json")
+        (path,) = tmp_path.glob(f"*{task}*.json")
         record = json.load(open(path))
         rows[task] = record["rows"]
         assert record["versions"]["torch"] == torch.__version__ and (record["ceilings"] is None) == (task == "scale")

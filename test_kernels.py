@@ -42,11 +42,11 @@ def to(device, dtype, *tensors):
     return [None if t is None else t.to(device, dtype if t.is_floating_point() else None) for t in tensors]
 
 
-def same(got, want, dtype, what):
+def same(got, want, dtype, what, times=1):
     got, want = got.detach().double().cpu(), want.detach().double()
     worst = (got - want).abs() / (1 + want.abs())
     assert got.shape == want.shape and not got.isnan().any(), f"{what}: nan, or shape {tuple(got.shape)} is not {tuple(want.shape)}"
-    assert worst.numel() == 0 or worst.max() < WITHIN[dtype], f"{what}: off by {worst.max():.2e} of 1 + its size in {dtype}"
+    assert worst.numel() == 0 or worst.max() < times * WITHIN[dtype], f"{what}: off by {worst.max():.2e} of 1 + its size in {dtype}"
 
 
 # -----------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_token_logprobs_and_their_gradients_are_those_of_autograd(half, device, 
     got = kernels.token_logprobs(a, b, targets.to(device), temperature)
     got += torch.autograd.grad((got[0] * g.to(device)).sum() + (got[1] * g_entropy.to(device)).sum(), (a, b))
     for name, x, y in zip(("logprobs", "entropy", "gradient of hidden", "gradient of weight"), got, want):
-        same(x, y, dtype, f"{half}: {name}")
+        same(x, y, dtype, f"{half}: {name}", times=4 if dtype == torch.bfloat16 else 1)  # logits are rounded to it before the softmax
 
 
 def test_token_logprobs_gives_a_frozen_head_no_gradient():

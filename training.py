@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from models import is_adapter, lora_spec, save_model
+from models import gathered, is_adapter, lora_spec
 from utils import UserError, precision, print0, write_whole
 
 # -----------------------------------------------------------------------------
@@ -74,7 +74,9 @@ def train_engine(model, lr, micro_batch, accumulate, cfg, eps=1e-8):
     }), read_ds_config(cfg.ds_config))
     lm = getattr(model, "lm", None) or model.model
     if saves(cfg, "recompute"):
-        lm.gradient_checkpointing_enable({"use_reentrant": True})  # NOTE: ZeRO-3 lets go of weights that the other kind wants to find again
+        # NOTE: ZeRO-3 lets go of weights that the other kind wants to find again; and this kind counts a weight's gradient once a forward, so
+        # that under ZeRO-3 there must be one forward a backward
+        lm.gradient_checkpointing_enable({"use_reentrant": stage == 3})
         lm.enable_input_require_grads()                            # else nothing is recomputed under frozen weights
     scales = {True: (lora_spec(cfg.lora)["lr"] or lr) / lr if lr else 1.0, False: 1.0}  # of the learning rate: of adapters, of other weights
     groups = [{"params": [p for n, p in model.named_parameters() if p.requires_grad and is_adapter(n) == kind], "scale": scale} for kind, scale in scales.items()]
@@ -82,12 +84,14 @@ def train_engine(model, lr, micro_batch, accumulate, cfg, eps=1e-8):
     trained = [p for g in groups for p in g["params"]]
     # 0.99: between the 0.95 of InstructGPT's large batches and 0.999; a second moment over some hundred steps suits small ones
     optimizer = AdamW(groups, lr=lr, betas=(0.9, 0.99), eps=eps, weight_decay=0.0)
+    optimizer.skip = True  # NOTE: in bf16 DeepSpeed's stage 0 begins with a step on gradients of zero, which would count in Adam's bias correction
     engine = initialize(model, config, optimizer)
+    optimizer.skip = False
     engine.train(saves(cfg, "recompute"))  # transformers recomputes in training mode only; dropout is 0 in either, see load_config
-    engine.trained, engine.bad = trained, torch.zeros((), device=engine.device)
+    engine.trained, engine.bad = trained, (bad := torch.zeros((), device=engine.device))
 
     def look(gradient):
-        engine.bad.add_(~gradient.sum().isfinite())
+        bad.add_(~gradient.sum().isfinite())
     for p in trained:  # before gradients are reduced, so it needs nothing of ZeRO
         p.register_hook(look)
     return engine
@@ -104,7 +108,7 @@ def frozen_engine(model, device, cfg):
     """A model that is only asked: plain on this rank's device, or sharded where ZeRO-3 shards everything. Offloaded, it waits on the CPU: see `near`."""
     model.requires_grad_(False).eval()
     if cfg.zero < 3:
-        return model.to("cpu" if saves(cfg, "offload") else device, precision(cfg.dtype))
+        return model.to("cpu" if saves(cfg, "offload") else device)
     engine = initialize(model, settings(cfg, 3, 1))
     engine.eval()
     return engine
@@ -136,9 +140,12 @@ def read_ds_config(path):
         raise UserError(f"--ds-config {path}: {e}") from None
     if not isinstance(config, dict):
         raise UserError(f"--ds-config {path}: must hold one JSON object")
-    for owned, flag in (("train_batch_size", "--batch-size"), ("gradient_accumulation_steps", "--micro-batch"), ("fp16", "--dtype")):
+    for owned, flag in (("train_batch_size", "--batch-size"), ("gradient_accumulation_steps", "--micro-batch"), ("fp16", "--dtype"),
+                        ("optimizer", "training.train_engine"), ("scheduler", "the script's schedule")):
         if owned in config:
             raise UserError(f"--ds-config {path}: {owned} is set by {flag}; take it out of the file")
+    if '"auto"' in json.dumps(config):
+        raise UserError(f"--ds-config {path}: \"auto\" is a word of transformers' Trainer; write the number, or take that entry out")
     return config
 
 
@@ -203,20 +210,36 @@ class EMA:
         for a, m in zip(self.average, masters(self.engine)):
             a.lerp_(m.detach().to(a.device), 1 - self.decay)
 
-    @torch.no_grad()
-    def save(self, lm, tokenizer, out):
-        """A model folder. Under ZeRO the average takes the masters' place while DeepSpeed gathers them, parameter by parameter."""
-        if self.engine.zero_optimization_stage() == 0:
-            average = dict(zip(self.engine.trained, self.average))
-            return save_model(lm, tokenizer, out, value=lambda p: average.get(p, p).detach())
-        from deepspeed.utils import safe_get_full_fp32_param
-        ms = masters(self.engine)
-        kept = [m.detach().clone() for m in ms]
-        for m, a in zip(ms, self.average):
+    def exchange(self):
+        """The masters become the average, and the average the masters."""
+        for m, a in zip(masters(self.engine), self.average):
+            kept = m.detach().to(a.device, copy=True)
             m.data.copy_(a)
-        save_model(lm, tokenizer, out, value=lambda p: safe_get_full_fp32_param(p) if p.requires_grad else p.detach())
-        for m, k in zip(ms, kept):
-            m.data.copy_(k)
+            a.copy_(kept)
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """Within: the model's weights are the average, in the model's precision; afterwards what they were, to the bit."""
+        from deepspeed.utils import safe_get_full_fp32_param
+        stage, trained = self.engine.zero_optimization_stage(), self.engine.trained
+        mine = [p.ds_tensor if stage == 3 else p for p in trained]          # what this rank holds of each
+        kept = [x.detach().clone() for x in mine]
+        with torch.no_grad():
+            if stage == 0:
+                for p, a in zip(trained, self.average):
+                    p.copy_(a)
+            else:
+                self.exchange()
+                for p in trained:
+                    whole = safe_get_full_fp32_param(p)                     # a collective
+                    with gathered(p, write=True):
+                        p.copy_(whole)
+                self.exchange()
+        try:
+            yield
+        finally:
+            for x, k in zip(mine, kept):
+                x.data.copy_(k)
 
 
 # -----------------------------------------------------------------------------
@@ -236,8 +259,10 @@ class Checkpoint:
         self.sharded = any(e.zero_optimization_stage() for e in self.engines.values())
 
     def complete(self):
-        """Steps whose checkpoints are whole, in order."""
-        return sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())
+        """Steps whose checkpoints are whole, in order: what rank 0 sees."""
+        steps = [sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdigit())]
+        dist.broadcast_object_list(steps, 0)
+        return steps[0]
 
     def restore(self):
         """With --resume: (last complete step, what the script added to it); else, and where there is none yet, (0, {})."""
@@ -261,6 +286,8 @@ class Checkpoint:
             print0(f"--resume: no checkpoint in {self.folder} yet: starting from the beginning")
             return 0, {}
         folder = self.folder / str(steps[-1])
+        if not folder.is_dir():
+            raise UserError(f"--resume: rank 0 sees {folder} and rank {self.rank} does not; --out must be on a disk that all machines share")
         state = json.loads((folder / "state.json").read_text())
         if state["world"] != self.world and self.sharded:
             raise UserError(f"--resume: {folder} was written by {state['world']} ranks, and now there are {self.world}: ZeRO keeps a part on each. Start "
@@ -290,14 +317,15 @@ class Checkpoint:
         for name, engine in self.engines.items():
             engine.save_checkpoint(new, tag=name, save_latest=False, exclude_frozen_parameters=True)
         torch.save({"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate(),
-                    "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None, "ema": self.ema and self.ema.average}, new / f"rank-{self.rank}.pt")
+                    "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None, "ema": self.ema.average if self.ema and (self.sharded or self.rank == 0) else None}, new / f"rank-{self.rank}.pt")
         if self.rank == 0:
             (new / "state.json").write_text(json.dumps({"world": self.world, "skipped": [Skipped.total, Skipped.in_a_row], "added": added}))
         dist.barrier()
         if self.rank == 0:
             shutil.rmtree(self.folder / str(at), ignore_errors=True)
             new.rename(self.folder / str(at))
-            for old in self.complete()[:-KEPT]:
+        for old in self.complete()[:-KEPT]:
+            if self.rank == 0:
                 shutil.rmtree(self.folder / str(old))
 
     def finish(self):

@@ -72,6 +72,12 @@ def parse_args(Config, argv=None):
         parser.error(str(e))
 
 
+def at_least(cfg, least, *names):
+    for name in names:
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {least}")
+
+
 def run(main, Config):
     """The last line of a script. A user's mistake is one sentence and exit code 2; anything else is a bug and shows its traceback."""
     cfg = parse_args(Config)
@@ -138,7 +144,7 @@ def precision(name):
 def micro_batches(cfg_batch, cfg_micro, world):
     """Rows of an optimizer step that one rank takes at once, and how often: (micro batch, steps). Checks that they divide."""
     if cfg_batch % world:
-        raise UserError(f"--batch-size {cfg_batch} is not divided by the {world} ranks; take a multiple of {world}")
+        raise UserError(f"the {cfg_batch} rows of an optimizer step (--batch-size, over --minibatches in ppo.py) are not divided by the {world} ranks; take a multiple of {world}")
     mine = cfg_batch // world
     micro = min(cfg_micro, mine) if cfg_micro else mine
     return micro, -(-mine // micro)
@@ -190,6 +196,14 @@ def gather_rows(x, value=0):
 
 # -----------------------------------------------------------------------------
 # logs
+
+
+def commit():
+    """The commit that this code is, or None."""
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
+    except FileNotFoundError:
+        return None
 
 
 def memory_gib():
@@ -251,12 +265,11 @@ class Log:
         if not self.rank0:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
         import deepspeed
         import transformers
         versions = {m.__name__: m.__version__ for m in (torch, deepspeed, transformers, np)}
         write_whole(self.out / "run.json", json.dumps({"script": Path(sys.argv[0]).name, "config": dataclasses.asdict(cfg), "world": dist.get_world_size(),
-                                                       "versions": versions, "git": git or None}, indent=1))
+                                                       "versions": versions, "git": commit()}, indent=1))
         self.file = open_lines(self.out / "metrics.jsonl", "step", start)
         print0("  step" + " " * (len(str(total)) * 2 - 3) + "".join(f" {k:>{max(len(k), int(f.split('.')[0]))}}" for k, f in columns.items()) + "  left")
 
