@@ -63,7 +63,7 @@ class Config:
     ema: float = 0.992                 # decay of the actor's moving average, which is saved in OUT/ema; 0: none
     tp: int = 1                        # ranks that share one copy of the model while they generate
     old_logprobs: Literal["trainer", "engine"] = "trainer"  # whose log-probabilities the ratio starts from; the engine's save a forward pass
-    lora: str = ""                     # train adapters of the actor only (the critic trains all its weights): their rank, or such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: all weights
+    lora: str = ""                     # train adapters only, in ppo.py of the actor: their rank, or such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: all weights
     seed: int = 1                      # of initial weights, of the order of rows and of sampling
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
     zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks

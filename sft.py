@@ -35,7 +35,7 @@ class Config:
     batch_size: int = 32               # rows of one optimizer step, on all ranks together
     micro_batch: int = 0               # rows a rank takes at once; 0: its whole share
     lr: float = 1e-3                   # peak learning rate; take about 1e-5 for a pretrained model
-    lora: str = ""                     # train adapters only: their rank, or such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: all weights
+    lora: str = ""                     # train adapters only, in ppo.py of the actor: their rank, or such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: all weights
     seed: int = 1                      # of initial weights and of the order of rows
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
     zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks

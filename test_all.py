@@ -1436,7 +1436,7 @@ def _engine_on_ranks(kinds, stages):
             out[kind, "tp", sampled] = rows_of(got), got.logprobs
     counted.clear()
     engine.generate(prompts[:1], 6, temperature=0)
-    out["collectives"] = counted.count("all_reduce"), 6 * 2 * engine.L  # a step is a prefill or a decode
+    out["collectives"] = counted.count("all_reduce"), 6 * 2 * engine.L + 1  # a step is a prefill or a decode; and one for the arena
     for stage in stages:
         for lora in (False, True):
             lm = model_of("llama")
@@ -1479,7 +1479,7 @@ def test_tensor_parallel_ranks_and_zero_shards_give_the_tokens_of_one_process():
                 assert rows == rows_of(want)[rank::2], f"{kind}, tp=2, rank {rank}"
                 torch.testing.assert_close(logprobs, want.logprobs[rank::2], rtol=1e-4, atol=1e-4)
     for r in results:
-        assert r["collectives"][0] == r["collectives"][1], "two collectives a layer and a step, and no other"
+        assert r["collectives"][0] == r["collectives"][1], "two collectives a layer and a step, one for the arena, and no other"
         for lora in (False, True):
             for step in (0, 1):
                 assert r[0, lora, step] == r[2, lora, step] == r[3, lora, step], f"ZeRO 0, 2 and 3, LoRA {lora}, step {step}"
