@@ -870,6 +870,17 @@ def test_in_bfloat16_the_first_step_is_a_whole_one_and_rotary_frequencies_stay_f
     assert moved.quantile(0.9) == pytest.approx(1e-3, rel=0.01), "Adam's first step is as long as the learning rate"
 
 
+def test_under_zero_3_a_model_is_sharded_before_deepspeed_puts_it_on_a_gpu(monkeypatch):
+    utils.boot(0)
+    import deepspeed
+    real, held = deepspeed.initialize, []
+    monkeypatch.setattr(deepspeed, "initialize", lambda model, **how: (held.append(sum(p.numel() for p in model.parameters())), real(model=model, **how))[1])
+    for zero in (2, 3):
+        training.train_engine(models.Policy(model_of("llama")), 1e-3, 2, 1, ppo.Config(zero=zero))
+    training.frozen_engine(models.Policy(model_of("llama")), utils.boot(0)[2], ppo.Config(zero=3))
+    assert held[0] > 0 and held[1:] == [0, 0]
+
+
 def test_recomputing_runs_each_layer_again_in_the_backward_pass():
     utils.boot(0)
     calls = {}

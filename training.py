@@ -53,6 +53,8 @@ def initialize(model, config, optimizer=None):
     are put back."""
     import deepspeed
     buffers = {n: b.clone() for n, b in model.named_buffers() if b.dtype == torch.float32}
+    if config["zero_optimization"]["stage"] == 3:  # parameter by parameter; deepspeed.initialize would first put all of it on the GPU
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for name, old in buffers.items():
         owner, _, leaf = name.rpartition(".")
