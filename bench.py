@@ -10,7 +10,7 @@
     python bench.py fit --prompt-len 256 --new-tokens 256      # the largest actor that trains here
     python bench.py scale --model opt-13b --world 8..1024      # on paper: a step on many GPUs, from what was measured on one
 
-Both sides of a comparison run in one process, turn by turn; a row is the median of --repeats turns, a ratio the median of their ratios.
+Both sides of a comparison run in one process, turn by turn (of ppo: some iterations of each, twice); a row is the median of --repeats turns.
 Ceilings (copying, matrix products) are measured in the same run. Everything is also written to OUT/DEVICE-TASK.json, or OUT/DEVICE-TASK-MODEL.json, with versions and commit.
 """
 import contextlib

@@ -3,7 +3,7 @@
     source --read--> {"prompt": ..., "chosen": ...} --FORMATS--> Row --template, tokenizer--> one flat file of tokens
     --split, held-out, length limits--> Rows --shuffled, bucketed by length, dealt to ranks--> batches
 
-A source is a file (.jsonl .json .txt .parquet, also .gz), a name in SOURCES, a folder or a name on the Hugging Face hub.
+A source is a file (.jsonl .json .txt, also with .gz, or .parquet), a name in SOURCES, a folder or a name on the Hugging Face hub.
 To add one of your own, write a generator of at most ten lines and put it into SOURCES; `toy` below is one. Tokens are made
 once, by one process a machine, under a name that is a hash of all that they depend on; so there is no stale cache (but of a
 name on the hub: there it is the name alone).
@@ -203,8 +203,8 @@ def read(source):
         return
     if not path.is_file():
         raise UserError(f"--data {source}: no such file")
-    if kind not in KINDS:
-        raise UserError(f"--data {source}: unknown kind of file {kind!r}; known are {' '.join(KINDS)}, and these with .gz")
+    if kind not in KINDS or source.endswith(".parquet.gz"):
+        raise UserError(f"--data {source}: unknown kind of file {''.join(path.suffixes)!r}; known are {' '.join(KINDS)}, and all but the last with .gz")
     if kind == ".parquet":
         try:
             import pyarrow.parquet as parquet

@@ -2,7 +2,7 @@
 
     make demo                                   # or, in the environment: python demo.py --seed 2 --out out/demo-2
 
-Runs sft.py, reward.py and ppo.py with nothing but --seed, --model and --out, reads what they logged, prints a table, and writes
+Runs sft.py, reward.py and ppo.py with nothing but --seed, --out and the folders of the steps before, reads what they logged, prints a table, and writes
 curves.png and summary.json. Every number is measured on held-out prompts, answered by sampling at temperature 1.
 """
 import json

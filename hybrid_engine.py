@@ -243,7 +243,7 @@ class HybridEngine:
         return w.chunk(self.tp, dim=1 if part == "rows" else 0)[self.tp_rank]
 
     def _take(self, w):
-        """By reference where the training weight is whole and stays, else a copy that outlives the gathering."""
+        """By reference where the training weight is whole and stays, else a copy: what is gathered goes when its layer is done."""
         return w.clone() if self.copies and w is not None else w
 
     def _norm(self, path, layer):
@@ -443,7 +443,7 @@ class HybridEngine:
         self.full = max(1, min(int(budget // slot), self.max_batch or 2**31))
         if slot > budget:
             raise UserError(f"one row of {C} tokens needs {slot / 2**30:.3f} GiB for its keys and values, and the arena has "
-                            f"{budget / 2**30:.3f} GiB; shorten the prompts or answers, or raise kv_gib")
+                            f"{budget / 2**30:.3f} GiB; shorten the prompts or answers" + (", or raise kv_gib" if self.kv_gib else ""))
         S = min(rows, self.full)
         plan = (f"engine: arena of {S} rows x {C} tokens, {S * slot / 2**30:.3f} GiB of {free / 2**30:.1f} GiB free"
                 + (f"; {rows} rows go through it as others end" if S < rows else ""))

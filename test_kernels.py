@@ -242,8 +242,9 @@ def test_add_norm_adds_and_norms(device, dtype, E, rms, with_residual):
     total = (x if r is None else x + r).to(dtype).double()
     y = total if rms else total - total.mean(-1, keepdim=True)
     want = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + (0 if rms else bias)
-    same(kernels.add_norm(x, r, weight, bias, 1e-5, rms)[0], kernels.add_norm(*to("cpu", torch.float64, x, r, weight, bias), 1e-5, rms)[0],
-         torch.float64, "norm in PyTorch")
+    if dtype == torch.float32:  # in the others the sum is rounded in between
+        for got, ref, what in zip(kernels.add_norm(*to("cpu", dtype, x, r, weight, bias), 1e-5, rms), (want, total), ("norm in PyTorch", "sum in PyTorch")):
+            same(got, ref, dtype, what)
     normed, got = kernels.add_norm_triton(*to(device, dtype, x, r, weight, bias), 1e-5, rms)
     same(got, total, dtype, "sum")
     same(normed, want, dtype, "rms norm" if rms else "layer norm")

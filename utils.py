@@ -176,9 +176,9 @@ def all_sum(x, device):
     return t if isinstance(x, torch.Tensor) else t.item()
 
 
-def gather_rows(x, value=0):
+def gather_rows(x):
     """Rows of all ranks, dealt as rank::world, back in order. x (n, ...) on each rank, n and the last size may differ by rank;
-    pads with `value` on the right. Returns (sum of n, ...) on x's device."""
+    pads with 0 on the right. Returns (sum of n, ...) on x's device."""
     world, device = dist.get_world_size(), x.device
     if world == 1:
         return x
@@ -186,7 +186,7 @@ def gather_rows(x, value=0):
     shapes = [torch.empty_like(shape) for _ in range(world)]
     dist.all_gather(shapes, shape)
     n, width = (int(max(s[i] for s in shapes)) for i in (0, 1))
-    full = x.new_full((n, width) if x.dim() > 1 else (n,), value)
+    full = x.new_zeros((n, width) if x.dim() > 1 else n)
     full[(slice(len(x)), slice(x.size(1))) if x.dim() > 1 else slice(len(x))] = x
     parts = [torch.empty_like(full) for _ in range(world)]
     dist.all_gather(parts, full.contiguous())
