@@ -625,7 +625,7 @@ def logit_grads_triton(logits, targets, lse, entropy, g, g_entropy, temperature)
 class TokenLogprobs(torch.autograd.Function):
     """Log-probability of each target, and entropy, from hidden states: a chunk of rows at a time, so that no more than
     CHUNK logits exist at once, forward or backward (which computes them again)."""
-    CHUNK = {"cpu": 2**24, "cuda": 2**26}  # 64 MB of float32, 128 MB of bfloat16: enough for a fast product
+    CHUNK = {"cpu": 2**22, "cuda": 2**26}  # 16 MB of float32, near a CPU's cache; 128 MB of bfloat16: enough for a fast product
 
     @staticmethod
     def chunks(hidden, weight):
