@@ -452,18 +452,30 @@ def test_the_readme_shows_commands_that_parse():
 def test_the_numbers_in_the_readme_are_those_in_results():
     text, results = (HERE / "README.md").read_text(), lambda name: json.load(open(HERE / "results" / f"{name}.json"))
     for r in results("demo"):
-        assert f"| {r['seed']} | {r['sft_gold']:.1%} | {r['reward_accuracy']:.1%} | **{r['ppo_gold']:.1%}** | {r['ppo_ema_gold']:.1%} |" in text, f"demo, seed {r['seed']}"
+        assert f"| {r['seed']} | {r['sft_gold']:.1%} | {r['reward_accuracy']:.1%} | **{r['ppo_gold']:.1%}** | {r['ppo_ema_gold']:.1%} | {r['score'][0]:.2f} → {r['score'][1]:.2f} | {r['ppo_kl']:.2f} |" in text, f"demo, seed {r['seed']}"
         assert 0.5 <= r["sft_gold"] <= 0.7 and r["ppo_gold"] >= 0.9 and r["reward_accuracy"] >= 0.95
     for r in results("cpu-2-threads-generate")["rows"]:
-        assert f"{r['tokens_per_s']:,.0f} | {r['transformers_tokens_per_s']:,.0f} | **{r['ratio']:.2f}** |" in text, r
+        assert f"{r['tokens_per_s']:,.0f} | {r['transformers_tokens_per_s']:,.0f} | **{r['ratio']:.2f}** | {r['ms_a_step']:.2f} | {r['floor_share']:.0%} |" in text, r
         assert r["ratio"] >= (3 if r["case"] == "ragged" else 1.75) and len(r["runs"]["ours"]) >= 3
     for r in results("cpu-2-threads-ppo")["rows"]:
-        assert f"{r['hybrid']['rollout_s']:.2f} / {r['hf']['rollout_s']:.2f} | {r['hybrid']['score_s']:.2f} | {r['hybrid']['update_s']:.2f} | **{r['ratio']:.2f}** |" in text, r
+        phases = " | ".join(f"{r['hybrid'][k]:.2f} / {r['hf'][k]:.2f}" for k in ("rollout_s", "score_s", "update_s"))
+        assert f"{phases} | **{r['ratio']:.2f}** | {r['pairs_per_s']:.1f} | {r['mfu']:.0%} |" in text and r["ratio"] >= 1.5, r
+    for r in results("cpu-2-threads-train")["rows"]:
+        assert f"| {r['model']}, {r['step']} | {r['batch']} x {r['length']} | {r['seconds']:.3f} | {r['tokens_per_s']:,.0f} | {r['mfu']:.0%} |" in text, r
+    for r in results("cpu-2-threads-kernels")["rows"]:
+        assert r["model"] != "opt-4x256" or f"| {r['model']}, {r['kernel']} | {r['us']:,.0f} | {r['pytorch_us']:,.0f} | {r['ceiling_share']:.0%} |" in text, r
+    for r in results("cpu-2-threads-fit")["rows"]:
+        assert not r["error"] or f"{r['model']}: {r['error']} |" in text, r
+    kills = results("kills")
+    assert all(r["same"] and len(r["rows_logged_at_each_kill"]) == 20 for r in kills) and f"all {sum(r['ends_compared'] for r in kills)} runs" in text
     for r in results("scale")["rows"]:
         assert r["world"] not in (8, 64) or f"| {r['model']} | {r['world']} | {r['tp']} | {r['rollout_s']:.2f} |" in text, r
     sweep, guard = results("sweep"), results("guard")["held_out"]
-    for r in sweep:
-        assert f"{r['gold']:.1%}" in text and r["gold"] > r["gold_before"] + 0.1 and r["skipped"] == 0, r
+    assert all(r["gold"] > r["gold_before"] + 0.1 and r["skipped"] == 0 for r in sweep)
+    for e in (1, 2, 4):
+        for m in (1, 4):
+            cells = [" / ".join(f"{r['gold']:.1%}" for r in sweep if (r["ppo_epochs"], r["minibatches"], r["rollout_batches"]) == (e, m, b)) for b in (1, 4)]
+            assert f"| {e} | {m} | {cells[0]} | {cells[1]} |" in text
     assert len(sweep) == 36 and f"the worst of 36 runs ends at {min(r['gold'] for r in sweep):.1%}" in text
     assert " | ".join(f"{r['gold']:.1%}" for r in guard) in text and guard[-1]["gold"] >= guard[1]["gold"] - 0.02 and guard[-1]["score"] > guard[1]["score"]
     for r in results("recipes"):
