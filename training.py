@@ -225,7 +225,7 @@ class EMA:
         from deepspeed.utils import safe_get_full_fp32_param
         stage, trained = self.engine.zero_optimization_stage(), self.engine.trained
         mine = [p.ds_tensor if stage == 3 else p for p in trained]          # what this rank holds of each
-        kept = [x.detach().clone() for x in mine]
+        kept = [x.detach().to("cpu", copy=True) for x in mine]
         with torch.no_grad():
             if stage == 0:
                 for p, a in zip(trained, self.average):
