@@ -1,7 +1,8 @@
 """kernels.py: every kernel against what it means, in float64.
 
 Without a GPU the Triton kernels run in Triton's interpreter (float32 and float16: it gets bfloat16 wrong, silently), and
-are compiled for GPUs that are not there. With one, `pytest -k gpu` runs them on it, in bfloat16.
+are compiled for GPUs that are not there. With one, `pytest -k gpu` runs them on it, in bfloat16. (Triton 3.6's interpreter
+needs numpy below 2.4; 3.7.1 takes what requirements.txt says.)
 """
 import json
 import os
