@@ -1302,6 +1302,7 @@ def _killed(name, flags, folder, seed):
         resumes, process = kept(), start(folder / "parts", "--resume")
         try:
             process.wait(rng.uniform(begin, end))
+            begin, end = begin * 0.8, end * 0.8  # too late: the machine has become faster, or there was little left
             check(process, resumes)
         except subprocess.TimeoutExpired:
             process.kill()
