@@ -1,15 +1,19 @@
 # Two commands are all the set-up there is: `make demo` and `make test`.
 PYTHON ?= python3
 PY = .venv/bin/python
+TESTS = test_kernels.py test_engine.py test_data.py test_training.py test_ppo.py test_bench.py test_docs.py
 
 demo: .venv/ready
 	$(PY) demo.py
 
 test: .venv/ready
-	$(PY) -m pytest -q -n auto --maxprocesses 4 test_kernels.py test_all.py
+	$(PY) -m pytest -q -n auto --maxprocesses 4 $(TESTS)
+
+lint: .venv/ready
+	$(PY) -m ruff check .
 
 test-gpu: .venv/ready
-	$(PY) -m pytest -q -k gpu test_kernels.py test_all.py
+	$(PY) -m pytest -q -k gpu test_kernels.py test_engine.py
 
 .venv/ready: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -19,4 +23,4 @@ test-gpu: .venv/ready
 clean:
 	rm -rf .venv out
 
-.PHONY: demo test test-gpu clean
+.PHONY: demo test lint test-gpu clean

@@ -1,105 +1,150 @@
-"""Step 3: reinforcement learning from human feedback with PPO (InstructGPT, Ouyang et al. 2022, section 3.5, "RL").
+"""Step 3: reinforcement learning from human feedback with PPO (InstructGPT, Ouyang et al. 2022,
+section 3.5, "RL").
 
-Four models: the actor (trained), the reference it must stay near (the SFT model, frozen), the critic (trained, starts as the reward
-model) and the reward model (frozen). An iteration has four phases: rollout, score, advantages, update. On purpose not as in
-DeepSpeed-Chat: answers are sampled, not greedy; log-probabilities have the temperature in them and no dropout; EOS is an action with a
-gradient; advantages are whitened over the whole batch; several epochs and minibatches work; no answer is dropped.
+There are four models. The actor is trained. The reference is the frozen SFT model, which the actor
+must stay close to. The reward model is frozen. The critic is trained, and starts as a copy of the
+reward model. One iteration has four phases: rollout, score, estimate_advantages, update.
 
-    python ppo.py                                                     # from out/sft and out/reward, on the built-in prompts
-    python ppo.py --model out/sft --reward-model out/reward --data prompts.jsonl --actor-lr 1e-6 --critic-lr 5e-6 --micro-batch 8
-    torchrun --nproc_per_node 8 ppo.py --model out/sft --reward-model out/reward --data prompts.jsonl --actor-lr 1e-6 --critic-lr 5e-6 --zero 3
+Differs from DeepSpeed-Chat by design: answers are sampled, not greedy; log-probabilities include
+the temperature and no dropout; EOS is an action with a gradient; advantages are whitened over the
+whole batch; several epochs and minibatches work; no answer is dropped.
 
-After the rollout every rank holds the whole batch, which is small (ids and a few numbers a token). So whitening, shuffling and
-metrics need no care, and any number of ranks takes the same optimizer steps.
+    python ppo.py                         # from out/sft and out/reward, on the built-in prompts
+    python ppo.py --model out/sft --reward out/reward --data prompts.jsonl --actor-lr 1e-6 \\
+        --critic-lr 5e-6 --micro-batch 8
+    torchrun --nproc_per_node 8 ppo.py --model out/sft --reward out/reward --data prompts.jsonl \\
+        --actor-lr 1e-6 --critic-lr 5e-6 --zero 3
 
-Dimension key:  B batch, P prompt, A answer, T = P + A.  logprobs, ref_logprobs, values, rewards, advantages, returns, mask are (B, A),
-scores (B,). Position a of A is the a-th token of the answer; its value is that of the state before it.
+After the rollout every rank holds the whole batch, which is small: token ids and a few numbers per
+token. So whitening, shuffling and metrics need no communication, and any number of ranks takes the
+same optimizer steps.
 """
-import importlib.util
-import json
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import data
 import models
+import tasks
 import training
 import utils
 from hybrid_engine import make_engine
-from reward import RewardModel, at_end
+from models import Policy, RewardModel
+
+# Dimension key:  B batch, P prompt, A answer, T = P + A; b and a of a micro batch.
+# Position a of A is the a-th token of the answer; its value is that of the state before it.
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "out/sft"             # model folder or hub name to start from: the SFT model, also the reference
-    reward_model: str = "out/reward"   # folder of the reward model, from which the critic starts too; empty: none, --reward alone
-    reward: str = ""                   # a function that scores answers, file.py:function or with a weight file.py:function:0.5; added to the reward model's, cut to +-5
-    data: str = "toy"                  # sources, joined by commas, each with an optional :weight
-    out: str = "out/ppo"               # folder of the run; it is itself a model folder
-    split: str = ""                    # shares of the rows that steps 1, 2 and 3 get, such as 2,4,4; empty: all to each
-    held_out: float = 0.05             # share of the rows that is only evaluated on
-    template: str = "Human: {prompt}\nAssistant:"  # how a prompt is written; chat: the tokenizer's own chat template
-    max_len: int = 512                 # rows of more tokens, prompt and answer, are left out, and counted
-    max_new_tokens: int = 16           # longest answer
-    temperature: float = 1.0           # of sampling; every log-probability has it in it
-    iterations: int = 32               # rollouts
-    batch_size: int = 512              # prompts of one rollout, on all ranks together
-    ppo_epochs: int = 1                # passes over each rollout
-    minibatches: int = 4               # optimizer steps of one pass
-    micro_batch: int = 0               # rows a rank takes at once; 0: its whole share
-    actor_lr: float = 3e-4             # peak learning rate of the actor; take about 1e-6 for a pretrained model
-    critic_lr: float = 1e-3            # peak learning rate of the critic; take about 5e-6 for a pretrained model
-    kl_coef: float = 0.05              # reward a token loses for each nat that its log-probability lies above the reference's
-    kl_target: float = 0.0             # adapt kl_coef towards this KL, in nats an answer (Ziegler et al. 2019); 0: leave it fixed
-    clip: float = 0.2                  # how far a ratio may leave 1 before its gradient is cut
-    engine: Literal["hybrid", "hf"] = "hybrid"  # what samples: ours, or transformers.generate (any model, slower)
-    ptx_data: str = ""                 # sources of text or demonstrations that the actor goes on learning (InstructGPT's PPO-ptx); empty: none
-    ptx_coef: float = 1.0              # weight of that loss, a mean over tokens like PPO's own
-    ema: float = 0.992                 # decay of the actor's moving average, which is saved in OUT/ema; 0: none
-    tp: int = 1                        # ranks that share one copy of the model while they generate
-    old_logprobs: Literal["trainer", "engine"] = "trainer"  # whose log-probabilities the ratio starts from; the engine's save a forward pass
-    lora: str = ""                     # train adapters only, in ppo.py of the actor: their rank, or such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: all weights
-    seed: int = 1                      # of initial weights, of the order of rows and of sampling
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
-    zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
-    save_memory: Literal["no", "recompute", "offload", "both"] = "no"  # recompute activations; offload optimizer, frozen models, ZeRO-3 weights to the CPU
-    resume: bool = False               # go on after the last complete checkpoint in --out
-    ds_config: str = ""                # JSON file merged over the DeepSpeed settings in training.train_engine
+    # models
+    model: str = "out/sft"         # folder or hub name of the SFT model; it is also the reference
+    reward: str = "out/reward"     # what scores answers: reward model folders, file.py:function or
+    #   a task's name, joined by commas, each with an optional :weight
+    critic: str = ""               # reward model folder that the critic starts from; empty: the
+    #   first one in --reward; without any, --model with a new head
+    lora: str = ""                 # train adapters only (in ppo.py those of the actor): a rank, or
+    #   8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: train all weights
+    out: str = "out/ppo"           # folder of the run; it is itself a model folder
+    # data
+    data: str = "toy"              # sources, joined by commas, each with an optional :weight
+    split: str = ""                # shares of the rows for steps 1, 2 and 3, such as 2,4,4;
+    #   empty: all rows for each step
+    held_out: float = 0.05         # share of the rows that is only evaluated on
+    template: str = "Human: {prompt}\nAssistant:"  # how a prompt is written; chat: the tokenizer's
+    #   own chat template
+    max_len: int = 512             # rows with more tokens, prompt and answer, are left out
+    # rollout
+    max_new_tokens: int = 16       # longest answer
+    temperature: float = 1.0       # of sampling; all log-probabilities include it
+    engine: Literal["hybrid", "hf"] = "hybrid"  # what samples: ours or transformers.generate, which
+    #   is slower and knows more models
+    tp: int = 1                    # ranks that share one copy of the model while they generate
+    # PPO
+    iterations: int = 32           # rollouts
+    batch_size: int = 512          # prompts per rollout, over all ranks
+    ppo_epochs: int = 1            # epochs over each rollout
+    minibatches: int = 4           # optimizer steps per epoch
+    micro_batch: int = 0           # rows per rank and forward; 0: the rank's share of a minibatch
+    actor_lr: float = 3e-4         # peak learning rate; about 1e-6 for a pretrained model
+    critic_lr: float = 1e-3        # peak learning rate; about 5e-6 for a pretrained model
+    kl_coef: float = 0.05          # price per nat of log(policy / reference), at every token
+    clip: float = 0.2              # how far a ratio may leave 1 before its gradient is cut
+    ptx_data: str = ""             # sources of text or demonstrations that the actor trains on too
+    #   (InstructGPT's PPO-ptx); empty: none
+    ptx_coef: float = 1.0          # weight of that loss, which is a mean over tokens like PPO's own
+    ema: float = 0.992             # decay of the actor's EMA, saved in OUT/ema; 0: no EMA
+    # run
+    seed: int = 1                  # of initial weights, of the order of rows and of sampling
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, else fp32
+    zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage: shards optimizer (1), gradients (2), weights (3)
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    offload: bool = False          # keep optimizers, frozen models and ZeRO-3 shards in CPU memory
+    resume: bool = False           # continue from the last complete checkpoint in --out
+    ds_config: str = ""            # JSON file merged over the DeepSpeed settings in training.py
 
     def __post_init__(self):
+        counts = ("batch_size", "minibatches", "iterations", "ppo_epochs", "max_new_tokens", "tp")
+        utils.require_at_least(self, 1, *counts)
+        utils.require_at_least(self, 0, "micro_batch")
         if self.temperature <= 0:
-            raise utils.UserError(f"--temperature {self.temperature}: PPO learns from samples, so it must be above 0")
-        utils.at_least(self, 1, "batch_size", "minibatches", "iterations", "ppo_epochs", "max_new_tokens", "tp")
-        utils.at_least(self, 0, "micro_batch")
-        if self.ptx_data and self.ptx_coef and self.zero == 3 and self.save_memory in ("recompute", "both"):
-            raise utils.UserError("--ptx-data needs two forwards a backward, which DeepSpeed's ZeRO-3 cannot recompute; take --zero 2, or leave recomputing out")
+            raise utils.UserError(
+                f"--temperature {self.temperature}: PPO learns from samples, so it must be above 0"
+            )
         if self.batch_size % self.minibatches:
-            raise utils.UserError(f"--batch-size {self.batch_size} is not divided by --minibatches {self.minibatches}")
-        if not self.reward_model and not self.reward:
-            raise utils.UserError("--reward-model is empty, so --reward must name a function that scores answers")
+            raise utils.UserError(
+                f"--batch-size {self.batch_size} cannot be divided by "
+                f"--minibatches {self.minibatches}"
+            )
+        if self.model == "tiny":
+            raise utils.UserError(
+                "--model tiny: its weights are random, and PPO starts from a model that answers; "
+                "train one with sft.py first"
+            )
+        if not self.reward:
+            raise utils.UserError("--reward is empty: name what scores the answers")
         if not 0 <= self.ema < 1:
             raise utils.UserError(f"--ema {self.ema}: a decay is at least 0 and below 1")
         if self.max_new_tokens >= self.max_len:
-            raise utils.UserError(f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in --max-len {self.max_len}")
+            raise utils.UserError(
+                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in "
+                f"--max-len {self.max_len}"
+            )
+        if self.uses_mixture and self.zero == 3 and self.gradient_checkpointing:
+            raise utils.UserError(
+                "--ptx-data needs two forwards per backward, which DeepSpeed's ZeRO-3 cannot "
+                "recompute; take --zero 2, or leave out --gradient-checkpointing"
+            )
+
+    @property
+    def uses_mixture(self):
+        return bool(self.ptx_data and self.ptx_coef)
+
+    @property
+    def single_update(self):
+        """One optimizer step per rollout: the policy that sampled is the one that is updated."""
+        return self.ppo_epochs * self.minibatches == 1
 
 
-EVAL_ROWS = 512    # held-out prompts that are looked at, at most
-EVALS = 4          # times in a run, besides its start
-ADAM_EPS = 1e-5    # as in OpenAI's PPO: keeps the first steps, with tiny second moments, from being too long
-GAMMA = 1.0        # discount of a token: answers are short, and only their end is judged
+EVAL_ROWS = 512    # held-out prompts that are evaluated, at most
+EVALS = 4          # evaluations per run, besides the one at its start
+ADAM_EPS = 1e-5    # as in OpenAI's PPO: with tiny second moments the first steps would be too long
+GAMMA = 1.0        # discount per token: answers are short, and only their end is judged
 LAM = 0.95         # lambda of generalized advantage estimation
 VALUE_CLIP = 0.2   # how far a value may leave its old value before its gradient is cut
-SCORE_CLIP = 5.0   # scores are cut to +- this; a reward model's have variance 1
-EOS_PENALTY = 1.0  # what the score of an answer without its EOS loses
-STOP_KL = 0.1      # the epochs on a rollout end once a step moved the policy so far, in nats a token
+SCORE_CLIP = 5.0   # scores are clipped to +- this; a reward model's scores have variance 1
+EOS_PENALTY = 1.0  # what an answer that does not end with EOS loses
+STOP_KL = 0.1      # no more epochs on a rollout once a step moved the policy so far, nats per token
 
 # -----------------------------------------------------------------------------
-# the formulas
+# formulas. All tensors are (B, A) unless said; mask marks the tokens that the policy sampled. It
+# may have holes: words of a tool, which are read by all models and carry no loss and no reward.
 
 
 def masked_mean(x, mask):
@@ -107,35 +152,44 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask):
-    """Mean 0 and variance 1 over the masked entries; 0 elsewhere. x, mask (B, A)."""
+    """Mean 0 and variance 1 over the masked entries; 0 elsewhere."""
     mean = masked_mean(x, mask)
     var = masked_mean((x - mean) ** 2, mask)
     return (x - mean) * torch.rsqrt(var + 1e-8) * mask
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, score_clip):
-    """-kl_coef * log(policy / reference) at every token, and the score, clipped, at the last (InstructGPT eq. 2). scores (B,);
-    the rest and the result (B, A). The result carries no gradient: KL acts through the reward."""
-    rewards = -kl_coef * (logprobs - ref_logprobs) * mask                                     # (B, A)
-    last = (mask.sum(1) - 1).long()                                                           # (B,)
-    rewards[torch.arange(len(scores)), last] += scores.clamp(-score_clip, score_clip)
+    """-kl_coef * log(policy / reference) at every sampled token, and the clipped score at the last
+    one (InstructGPT, eq. 2). scores (B,). The result carries no gradient: KL acts as a reward."""
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    position = torch.arange(mask.size(1), device=mask.device)
+    last = (position * mask).argmax(1)                                              # (B,)
+    rows = torch.arange(len(scores), device=mask.device)
+    rewards[rows, last] += scores.clamp(-score_clip, score_clip)
     return rewards.detach()
 
 
 def gae(values, rewards, mask, gamma, lam):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16). All (B, A); zero past the end."""
-    values, rewards = values * mask, rewards * mask
-    advantages = torch.zeros_like(rewards)                                                    # (B, A)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])                             # (B,)
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16). Steps from sampled token to
+    sampled token: a hole neither ends the episode nor is discounted. Returns (advantages, returns),
+    0 where nothing was sampled."""
+    values = values * mask
+    rewards = rewards * mask
+    advantages = torch.zeros_like(rewards)
+    next_value = torch.zeros_like(rewards[:, 0])                                    # (B,)
+    next_advantage = torch.zeros_like(rewards[:, 0])                                # (B,)
     for t in reversed(range(rewards.size(1))):
+        sampled = mask[:, t].bool()
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = advantages[:, t] = delta + gamma * lam * next_advantage
-        next_value = values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        advantages[:, t] = advantage * sampled
+        next_value = torch.where(sampled, values[:, t], next_value)
+        next_advantage = torch.where(sampled, advantage, next_advantage)
     return advantages, advantages + values
 
 
 def actor_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """Clipped policy loss (Schulman et al. 2017, eq. 7), mean over the answers' tokens. All (B, A)."""
+    """Clipped policy loss (Schulman et al. 2017, eq. 7), mean over the sampled tokens."""
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
     unclipped = -advantages * ratio
     clipped   = -advantages * ratio.clamp(1 - clip, 1 + clip)
@@ -143,351 +197,639 @@ def actor_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def critic_loss(values, old_values, returns, mask, value_clip):
-    """Half the squared error, of the value or of the value held near its old one, whichever is larger. All (B, A)."""
-    held = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    """Half the squared error of the value, or of the value clipped to its old one +- value_clip,
+    whichever is larger; mean over the sampled tokens."""
+    values_clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     unclipped = (values - returns) ** 2
-    clipped   = (held - returns) ** 2
+    clipped   = (values_clipped - returns) ** 2
     return 0.5 * masked_mean(torch.max(unclipped, clipped), mask)
 
 
-def adapt(kl_coef, kl, target, n):
-    """A proportional controller (Ziegler et al. 2019, section 2.2) that moves kl_coef so that KL nears its target; n samples seen."""
-    return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / 10_000)
-
-
 # -----------------------------------------------------------------------------
-# the phases
+# the record of a rollout
 
 
 @dataclass
 class Batch:
-    """A rollout, whole, on every rank."""
-    tokens: torch.Tensor               # (B, T) long, right-padded: prompt, then answer
-    prompt_lens: torch.Tensor          # (B,)
-    answer_lens: torch.Tensor          # (B,)
-    logprobs: torch.Tensor             # (B, A) the engine's
+    """All that is known of a rollout, whole on every rank. Each phase fills in its fields."""
 
-    def part(self, rows):
-        """tokens, prompt_lens, answer_lens of some rows, no wider than they need."""
-        p, a = self.prompt_lens[rows], self.answer_lens[rows]
-        return self.tokens[rows, : int((p + a).max())], p, a
+    # filled by rollout
+    tokens: torch.Tensor           # (B, T) long, right-padded: prompt, then answer
+    prompt_lens: torch.Tensor      # (B,) long
+    answer_lens: torch.Tensor      # (B,) long
+    mask: torch.Tensor             # (B, A) bool: answer tokens that the policy sampled
+    finished: torch.Tensor         # (B,) bool: the answer ends with EOS
+    sample_logprobs: torch.Tensor  # (B, A) the sampler's log-probabilities
+    prompts: list                  # B texts
+    answers: list                  # B texts
+    row_fields: dict               # name -> B values: what else the rows hold, for reward functions
 
-    @property
-    def mask(self):
-        return torch.arange(self.logprobs.size(1), device=self.tokens.device) < self.answer_lens[:, None]  # (B, A)
+    # filled by score
+    logprobs: torch.Tensor = None      # (B, A) the trainer's log-probabilities before the update
+    ref_logprobs: torch.Tensor = None  # (B, A)
+    values: torch.Tensor = None        # (B, A)
+    scores: dict = field(default_factory=dict)  # name of the scorer -> (B,)
+
+    # filled by estimate_advantages
+    kl: torch.Tensor = None            # (B,) log(policy / reference), summed over each answer
+    rewards: torch.Tensor = None       # (B, A)
+    advantages: torch.Tensor = None    # (B, A)
+    returns: torch.Tensor = None       # (B, A)
+
+    def __len__(self):
+        return len(self.tokens)
 
     @property
     def lengths(self):
-        return (self.prompt_lens + self.answer_lens).cpu().numpy()
+        return self.prompt_lens + self.answer_lens                                  # (B,)
+
+    @property
+    def inputs(self):
+        """What a Policy is called with."""
+        return self.tokens, self.prompt_lens, self.answer_lens
+
+    def __getitem__(self, rows):
+        """Some rows (an index array) of every field, no wider than these rows need."""
+        T = int(self.lengths[rows].max())
+        A = int(self.answer_lens[rows].max())
+        part = {f.name: select(getattr(self, f.name), rows, A) for f in fields(self)}
+        part["tokens"] = self.tokens[rows, :T]
+        return Batch(**part)
+
+    def put(self, rows, **outputs):
+        """Stores outputs (b, a) of a model for some rows. The other rows start as zeros."""
+        for name, x in outputs.items():
+            if getattr(self, name) is None:
+                setattr(self, name, x.new_zeros(self.mask.shape))
+            getattr(self, name)[rows, : x.size(1)] = x
+
+    def sum_over_ranks(self, *names):
+        """After put() on all ranks: every row is zero on all ranks but the one that computed it."""
+        for name in names:
+            if getattr(self, name) is not None:
+                dist.all_reduce(getattr(self, name))
 
 
-def rollout(engine, prompts, cfg, eos, seeds, rank, world):
-    """Answers to prompts (lists of ids): each rank samples its share, then all ranks hold all. seeds: one a prompt."""
-    mine = range(rank, len(prompts), world)
-    out = engine.generate([prompts[i] for i in mine], cfg.max_new_tokens, cfg.temperature, eos_token_id=eos, seed=[seeds[i] for i in mine])
-    engine.release()                                                                          # its memory is training's now
-    return Batch(*map(utils.gather_rows, (out.tokens, out.prompt_lens, out.answer_lens, out.logprobs)))
+def select(x, rows, width):
+    """Rows of a Batch's field; of a (B, A) tensor only the first `width` columns."""
+    if x is None:
+        return None
+    if isinstance(x, dict):
+        return {name: select(value, rows, width) for name, value in x.items()}
+    if isinstance(x, list):
+        return [x[i] for i in rows]
+    if x.dim() == 1:
+        return x[rows]
+    return x[rows, :width]
 
 
-def answer_values(critic, tokens, prompt_lens, answer_lens):
-    """The value of the state before each answer token, (B, A), 0 past the end."""
-    index, mask = models.answer_index(prompt_lens, answer_lens)
-    return critic(tokens).gather(1, index) * mask
+# -----------------------------------------------------------------------------
+# phase 1: the actor answers
+
+
+def rollout(sampler, rows, indices, seeds, cfg, tokenizer):
+    """Samples an answer to the prompt of each row of `indices`, with a seed for each. Every rank
+    answers its share of the prompts, then all ranks hold all answers. Returns a Batch."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    prompts = [rows.prompt(i) for i in indices[rank::world]]
+    eos = tokenizer.eos_token_id
+    out = sampler.generate(
+        prompts, cfg.max_new_tokens, cfg.temperature, eos_token_id=eos, seed=seeds[rank::world]
+    )
+    sampler.release()  # the KV cache's memory is needed for training now
+
+    tokens = utils.gather_rows(out.tokens)                                          # (B, T)
+    prompt_lens = utils.gather_rows(out.prompt_lens)                                # (B,)
+    answer_lens = utils.gather_rows(out.answer_lens)                                # (B,)
+    sample_logprobs = utils.gather_rows(out.logprobs)                               # (B, A)
+    position = torch.arange(sample_logprobs.size(1), device=tokens.device)
+    mask = position < answer_lens[:, None]                                          # (B, A)
+    last = prompt_lens + answer_lens - 1
+    finished = tokens.gather(1, last[:, None])[:, 0] == eos                         # (B,)
+
+    prompt_texts, answer_texts = [], []
+    for ids, p, a in zip(tokens.tolist(), prompt_lens.tolist(), answer_lens.tolist()):
+        prompt_texts.append(tokenizer.decode(ids[:p], skip_special_tokens=True))
+        answer_texts.append(tokenizer.decode(ids[p : p + a], skip_special_tokens=True))
+    return Batch(
+        tokens, prompt_lens, answer_lens, mask, finished, sample_logprobs,
+        prompt_texts, answer_texts, rows.fields(indices),
+    )
+
+
+# -----------------------------------------------------------------------------
+# phase 2: the other models read the answers
+
+
+@dataclass
+class Scorer:
+    """One entry of --reward: a reward model or a Python function."""
+    name: str
+    weight: float
+    model: torch.nn.Module = None  # a frozen RewardModel
+    function: object = None        # (prompts, answers, row fields) -> list of floats
 
 
 @torch.no_grad()
-def ask(batch, rows_of_steps, micro, rank, world, **questions):
-    """Asks models about a batch: {name: f(tokens, prompt_lens, answer_lens) -> (b, a) or (b,)}. The work is dealt to the ranks in the
-    very micro batches that the first epoch trains on (equal shapes, equal rounding: its first ratio is exactly 1)."""
-    B, A = batch.logprobs.shape
-    answers = {}
-    for rows in rows_of_steps:
-        for part in utils.deal(rows, batch.lengths, micro, rank, world):
-            for name, question in questions.items():
-                x = question(*batch.part(part))
-                out = answers.setdefault(name, x.new_zeros((B, A) if x.dim() == 2 else B))
-                out[(part, slice(x.size(1))) if x.dim() == 2 else part] = x
-    for x in answers.values():
-        torch.distributed.all_reduce(x)                                                       # every row was zero on all ranks but one
-    return answers
+def score(batch, actor, ref, critic, scorers, cfg, micro_batch):
+    """Fills in logprobs, ref_logprobs, values and scores.
+
+    Uses the micro batches of the first epoch of the update: equal shapes give equal rounding, so
+    the first ratio is exactly 1. With a single update per rollout nothing needs the trainer's
+    log-probabilities beforehand, and that forward is saved."""
+    parts = []
+    lengths = batch.lengths.cpu().numpy()
+    for rows in np.split(np.arange(len(batch)), cfg.minibatches):
+        parts += utils.split_micro_batches(rows, lengths, micro_batch)
+    score_frozen(batch, ref, scorers, cfg, parts)
+    for part in parts:
+        b = batch[part]
+        if critic:
+            batch.put(part, values=answer_values(critic, b))
+        if not cfg.single_update:
+            batch.put(part, logprobs=actor(*b.inputs, cfg.temperature)[0])
+    batch.sum_over_ranks("values", "logprobs")
 
 
-def ends(batch, eos):
-    """Whether each answer ended itself, (B,) bool."""
-    return batch.tokens.gather(1, (batch.prompt_lens + batch.answer_lens - 1)[:, None])[:, 0] == eos
+@torch.no_grad()
+def score_frozen(batch, ref, scorers, cfg, parts):
+    """Fills in ref_logprobs and scores, in these micro batches of this rank."""
+    device = batch.tokens.device
+    reward_models = [s for s in scorers if s.model]
+    for scorer in scorers:
+        batch.scores[scorer.name] = torch.zeros(len(batch), device=device)
+    with training.on_device(device, ref, *[s.model for s in reward_models]):
+        for part in parts:
+            b = batch[part]
+            with models.adapters_off():  # with LoRA, the reference is the actor without adapters
+                batch.put(part, ref_logprobs=ref(*b.inputs, cfg.temperature)[0])
+            for scorer in reward_models:
+                values = scorer.model(b.tokens)                                     # (b, t)
+                batch.scores[scorer.name][part] = models.last_token(values, b.lengths)
+    batch.sum_over_ranks("ref_logprobs")
+    for scorer in scorers:
+        if scorer.function and dist.get_rank() == 0:
+            result = scorer.function(batch.prompts, batch.answers, batch.row_fields)
+            batch.scores[scorer.name] += torch.tensor(result, device=device)
+        dist.all_reduce(batch.scores[scorer.name])
 
 
-def texts(batch, tokenizer):
-    """Prompts and answers as two lists of texts, without special tokens."""
-    rows, p, a = batch.tokens.tolist(), batch.prompt_lens.tolist(), batch.answer_lens.tolist()
-    spans = [row[:n] for row, n in zip(rows, p)], [row[n : n + m] for row, n, m in zip(rows, p, a)]
-    return [[tokenizer.decode(ids, skip_special_tokens=True) for ids in part] for part in spans]
+def answer_values(critic, batch):
+    """The critic's value of the state before each answer token, (B, A), 0 past the end."""
+    index, mask = models.answer_positions(batch.prompt_lens, batch.answer_lens)
+    return critic(batch.tokens).gather(1, index) * mask
 
 
-def load_function(spec):
-    """'file.py:function' or 'file.py:function:weight' to (prompts, answers) -> weighted scores, a list of floats."""
-    path, _, rest = spec.partition(".py:")
-    path, (name, _, weight) = Path(path + ".py"), rest.partition(":")
-    try:
-        weight = float(weight or 1)
-    except ValueError:
-        raise utils.UserError(f"--reward {spec}: {weight!r} is not a weight; write file.py:function:0.5") from None
-    if not path.is_file() or not name:
-        raise utils.UserError(f"--reward {spec}: " + (f"there is no file {path}" if name else "write file.py:function"))
-    module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(path.stem, path))
-    try:
-        found.loader.exec_module(module)
-    except Exception as e:
-        raise utils.UserError(f"--reward {spec}: {path} cannot be imported: {type(e).__name__}({e})") from e
-    if not callable(function := getattr(module, name, None)):
-        raise utils.UserError(f"--reward {spec}: {path} has no function {name!r}")
+def total_score(batch, scorers):
+    """The scorers' weighted sum, (B,)."""
+    return sum(s.weight * batch.scores[s.name] for s in scorers)
 
-    def ask_function(prompts, answers):
+
+# -----------------------------------------------------------------------------
+# phase 3: what each token was worth
+
+
+def estimate_advantages(batch, scorers, cfg):
+    """Fills in rewards, advantages and returns. Every rank computes the same. Returns metrics."""
+    total = total_score(batch, scorers)                                             # (B,)
+    penalized = total - EOS_PENALTY * ~batch.finished                               # (B,)
+    logprobs = batch.sample_logprobs if cfg.single_update else batch.logprobs       # (B, A)
+    batch.rewards = token_rewards(
+        penalized, logprobs, batch.ref_logprobs, batch.mask, cfg.kl_coef, SCORE_CLIP
+    )
+    advantages, batch.returns = gae(batch.values, batch.rewards, batch.mask, GAMMA, LAM)
+    batch.advantages = whiten(advantages, batch.mask)
+
+    log_ratio = (logprobs - batch.ref_logprobs) * batch.mask                        # (B, A)
+    batch.kl = log_ratio.sum(1)
+    metrics = {
+        "score": total.mean().item(),
+        "score_std": total.std().item(),
+        "score_clipped": (penalized.abs() > SCORE_CLIP).float().mean().item(),
+        "kl": batch.kl.mean().item(),
+        "kl_k3": (((-log_ratio).exp() - 1 + log_ratio) * batch.mask).sum(1).mean().item(),
+        "advantage_mean": advantages[batch.mask].mean().item(),
+        "advantage_std": advantages[batch.mask].std(unbiased=False).item(),
+    }
+    if len(scorers) > 1:
+        for name, scores in batch.scores.items():
+            metrics[f"score_{name}"] = scores.mean().item()
+            metrics[f"score_{name}_std"] = scores.std().item()
+    if batch.values is not None:
+        returns = batch.returns[batch.mask]
+        error = (batch.values - batch.returns)[batch.mask]
+        metrics["return_mean"] = returns.mean().item()
+        metrics["explained_variance"] = 1 - (error.var() / returns.var()).item()
+    return metrics
+
+
+# -----------------------------------------------------------------------------
+# phase 4: clipped PPO
+
+
+class Mixture:
+    """Text or demonstrations that the actor also trains on (InstructGPT's PPO-ptx): as many rows
+    per optimizer step as PPO takes. Without --ptx-data a step has no text."""
+
+    def __init__(self, cfg, template, tokenizer, max_len, start):
+        self.steps = start  # taken so far; a checkpoint keeps it
+        self.rows = None
+        if cfg.uses_mixture:
+            self.rows, _ = data.load(
+                cfg.ptx_data, "sft", cfg.split, cfg.held_out, template, tokenizer, max_len
+            )
+            self.lengths = self.rows.lengths("response")
+            self.answer_lengths = self.rows.answer_lengths("response")
+            step_rows = cfg.batch_size // cfg.minibatches
+            self.batches = data.steps(self.rows, self.lengths, step_rows, cfg.seed, start)
+
+    def next_step(self, micro_batch):
+        """This rank's micro batches for the next optimizer step."""
+        if self.rows is None:
+            return []
+        self.steps += 1
+        _, rows = next(self.batches)
+        self.step_tokens = self.answer_lengths[rows].sum()  # on all ranks
+        return utils.split_micro_batches(rows, self.lengths, micro_batch)
+
+    def inputs(self, part, device):
+        return data.collate(self.rows, part, device)
+
+
+def minibatches(n, cfg, iteration):
+    """Index arrays of the rows of each optimizer step, epoch after epoch. All ranks shuffle alike;
+    the first epoch keeps the rollout's order, which is random already."""
+    for epoch in range(cfg.ppo_epochs):
+        order = np.arange(n)
+        if epoch > 0:
+            order = np.random.default_rng([cfg.seed, iteration, epoch]).permutation(n)
+        yield from np.split(order, cfg.minibatches)
+
+
+def update(batch, actor, critic, ema, mixture, cfg, micro_batch, iteration):
+    """Several epochs of clipped PPO over the rollout. Returns metrics: means over tokens."""
+    totals = utils.Totals()
+    steps = 0
+    for rows in minibatches(len(batch), cfg, iteration):
+        step_totals, norms = update_step(batch, rows, actor, critic, mixture, cfg, micro_batch)
+        if norms[0] is not None:  # None: a gradient was not finite, and no model took the step
+            ema.update()
+        totals.merge(step_totals)
+        steps += 1
+        if step_totals.mean("approx_kl") > STOP_KL:
+            break
+    if cfg.single_update:
+        batch.sum_over_ranks("logprobs")
+
+    metrics = totals.means()
+    metrics["steps"] = steps
+    metrics["skipped"] = training.SkippedSteps.total
+    metrics["actor_grad_norm"] = norms[0]
+    if critic:
+        metrics["critic_grad_norm"] = norms[1]
+    return metrics
+
+
+def update_step(batch, rows, actor, critic, mixture, cfg, micro_batch):
+    """One optimizer step of actor and critic on some rows of the rollout. Returns the totals of its
+    metrics over all ranks, and the gradient norms."""
+    totals = utils.Totals()
+    world = dist.get_world_size()
+    step_tokens = int(batch.mask[rows].sum())  # on all ranks
+    parts = utils.split_micro_batches(rows, batch.lengths.cpu().numpy(), micro_batch)
+    text_parts = mixture.next_step(micro_batch)
+    for part, text_part in zip_longest(parts, text_parts):
+        b = batch[part]
+        # DeepSpeed averages over micro batches and ranks. This weight makes it a mean over all
+        # tokens of the step, however they are split.
+        weight = b.mask.sum() / step_tokens * world * len(parts)
+
+        logprobs, entropy = actor(*b.inputs, cfg.temperature)                       # (b, a)
+        old_logprobs = b.logprobs
+        if cfg.single_update:
+            old_logprobs = logprobs.detach()
+            batch.put(part, logprobs=old_logprobs)
+        policy_loss = actor_loss(logprobs, old_logprobs, b.advantages, b.mask, cfg.clip)
+        loss = policy_loss * weight
+        if text_part is not None:
+            text_logprobs, _ = actor(*mixture.inputs(text_part, b.tokens.device))
+            text_loss = -cfg.ptx_coef * text_logprobs.sum() / mixture.step_tokens
+            loss = loss + text_loss * world * len(parts)
+        actor.backward(loss)
+
+        log_ratio = (logprobs.detach() - old_logprobs) * b.mask
+        ratio = log_ratio.exp()
+        metrics = {
+            "actor_loss": policy_loss.detach(),
+            "entropy": entropy.detach(),
+            "ratio_mean": ratio,
+            "approx_kl": ratio - 1 - log_ratio,  # the k3 estimator (Schulman 2020)
+            "clip_frac": (ratio - 1).abs() > cfg.clip,
+        }
+        engines = [actor]
+        if critic:
+            values = answer_values(critic, b)                                       # (b, a)
+            value_loss = critic_loss(values, b.values, b.returns, b.mask, VALUE_CLIP)
+            critic.backward(value_loss * weight)
+            engines.append(critic)
+            metrics["critic_loss"] = value_loss.detach()
+            metrics["value_clip_frac"] = (values.detach() - b.values).abs() > VALUE_CLIP
+        totals.add(b.mask, **metrics)
+        totals.add_max(ratio_max=ratio[b.mask].max())
+        norms = training.step(*engines)
+    totals.all_reduce()
+    return totals, norms
+
+
+# -----------------------------------------------------------------------------
+# what a run loads
+
+
+def load_reward_model(path, tokenizer, vocab_size, dtype):
+    """A reward model that can read what the policy writes."""
+    if not models.same_tokenizer(tokenizer, models.load_tokenizer(path)):
+        raise utils.UserError(
+            f"{path} has another tokenizer than --model: it would read other text than the policy "
+            "writes; train it from the same model"
+        )
+    reward_model = RewardModel.from_pretrained(path, dtype)
+    known = reward_model.model.config.vocab_size
+    if known < vocab_size:
+        raise utils.UserError(
+            f"--model has {vocab_size} token ids and {path} only {known}: the policy could write "
+            "one that it does not know; train it from the same model, or enlarge it with "
+            "transformers' resize_token_embeddings"
+        )
+    return reward_model
+
+
+def parse_reward(text):
+    """'out/reward,rules.py:brevity:0.1' to [('out/reward', 1.0), ('rules.py:brevity', 0.1)]."""
+    entries = []
+    for entry in text.split(","):
+        source, _, weight = entry.strip().rpartition(":")
         try:
-            scores = [weight * float(s) for s in function(prompts, answers)]
-        except Exception as e:
-            for p, a in zip(prompts, answers):  # one by one, to say which
-                try:
-                    float(function([p], [a])[0])
-                except Exception as e:
-                    raise utils.UserError(f"--reward {spec}: raised {type(e).__name__}({e}) for prompt {p!r}, answer {a!r}") from e
-            raise utils.UserError(f"--reward {spec}: raised {type(e).__name__}({e}) for {len(prompts)} prompts at once, and for none alone") from e
-        if len(scores) != len(prompts) or not all(map(math.isfinite, scores)):
-            bad = [i for i, s in enumerate(scores) if not math.isfinite(s)]
-            raise utils.UserError(f"--reward {spec}: " + (f"gave {scores[bad[0]]} for prompt {prompts[bad[0]]!r}, answer {answers[bad[0]]!r}" if bad else
-                                                          f"gave {len(scores)} scores for {len(prompts)} prompts") + "; it must return one finite number each")
-        return scores
-    return ask_function
+            weight = float(weight)
+        except ValueError:
+            source = entry.strip()  # the colon, if there is one, is not that of a weight
+            weight = 1.0
+        if not source or not np.isfinite(weight):
+            raise utils.UserError(
+                f"--reward {text}: {entry!r} is not a reward model folder, file.py:function or "
+                "task, with an optional :weight"
+            )
+        entries.append((source, weight))
+    return entries
+
+
+def is_function(source):
+    return ".py:" in source or source in tasks.TASKS
+
+
+def load_scorers(cfg, tokenizer, vocab_size, dtype, device):
+    """What --reward names, in its order."""
+    scorers = []
+    for source, weight in parse_reward(cfg.reward):
+        if is_function(source):
+            function = tasks.load_function(source)
+            scorer = Scorer(function.name, weight, function=function)
+        else:
+            model = load_reward_model(source, tokenizer, vocab_size, dtype)
+            name = Path(source).resolve().name
+            scorer = Scorer(name, weight, model=training.frozen_engine(model, device, cfg))
+        while scorer.name in [other.name for other in scorers]:
+            scorer.name += "_"
+        scorers.append(scorer)
+    return scorers
+
+
+def load_critic(cfg, tokenizer, vocab_size, dtype):
+    """From --critic, else from the first reward model in --reward, else --model with a new head."""
+    path = cfg.critic
+    for source, _ in parse_reward(cfg.reward):
+        if not path and not is_function(source):
+            path = source
+    if not path:
+        return RewardModel.from_lm(cfg.model, dtype)
+    return load_reward_model(path, tokenizer, vocab_size, dtype)
+
+
+def longest_row(actor, critic, scorers, cfg):
+    """Tokens of prompt and answer that all models can read, --max-len at most."""
+    backbones = [actor.lm]
+    if critic:
+        backbones.append(critic.model)
+    for scorer in scorers:
+        if scorer.model:
+            backbones.append(scorer.model.model)
+    context = min(models.context_length(m.config) for m in backbones)
+    if cfg.max_new_tokens >= context:
+        raise utils.UserError(
+            f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a prompt in the models' "
+            f"context of {context} tokens"
+        )
+    return min(cfg.max_len, context)
+
+
+# -----------------------------------------------------------------------------
+# what a run reports
+
+
+def gold_accuracy(batch, task):
+    """For each answer: 1.0 if the task's exact checker accepts it and it ends with EOS, else 0.0.
+    No model is trained on this: it is the "gold" reward of Gao et al. 2022."""
+    accuracy = []
+    for prompt, answer, finished in zip(batch.prompts, batch.answers, batch.finished.tolist()):
+        accuracy.append(task.check(prompt, answer) * finished)
+    return accuracy
+
+
+def evaluate(sampler, held_out, ref, scorers, cfg, micro_batch, tokenizer, task, name="eval"):
+    """Samples answers to held-out prompts, with fixed seeds. Returns metrics: the score and its
+    standard error, KL per answer, and gold accuracy where the task has a checker."""
+    n = min(len(held_out), EVAL_ROWS)
+    indices = utils.fill_to_multiple(np.arange(n), dist.get_world_size())
+    seeds = [2**31 + i for i in indices.tolist()]
+    batch = rollout(sampler, held_out, indices, seeds, cfg, tokenizer)
+    lengths = batch.lengths.cpu().numpy()
+    parts = utils.split_micro_batches(np.arange(len(batch)), lengths, max(micro_batch, 32))
+    score_frozen(batch, ref, scorers, cfg, parts)
+
+    total = total_score(batch, scorers)[:n]                                         # (n,)
+    log_ratio = (batch.sample_logprobs - batch.ref_logprobs) * batch.mask           # (B, A)
+    metrics = {
+        f"{name}_score": total.mean().item(),
+        f"{name}_score_se": total.std().item() / n**0.5,
+        f"{name}_kl": log_ratio.sum(1)[:n].mean().item(),
+    }
+    if task:
+        metrics[f"{name}_gold"] = float(np.mean(gold_accuracy(batch, task)[:n]))
+    return metrics
+
+
+def rollout_metrics(batch, sampler, task):
+    gap = (batch.sample_logprobs - batch.logprobs)[batch.mask].abs()
+    metrics = {
+        "length": batch.mask.sum(1).float().mean().item(),
+        "eos_rate": batch.finished.float().mean().item(),
+        "engine_gap_mean": gap.mean().item(),  # sampler against trainer: same weights, same tokens
+        "engine_gap_max": gap.max().item(),
+        "memory_gib": utils.memory_gib(),
+    }
+    if task:
+        metrics["gold"] = float(np.mean(gold_accuracy(batch, task)))
+    return metrics | {f"engine_{name}": x for name, x in sampler.stats.items()}
+
+
+def sample_rows(batch, iteration, scorers, task):
+    """What samples.jsonl keeps of each answer."""
+    columns = {"prompt": batch.prompts, "answer": batch.answers}
+    columns["score"] = total_score(batch, scorers).tolist()
+    if len(scorers) > 1:
+        for name, scores in batch.scores.items():
+            columns[name] = scores.tolist()
+    columns["kl"] = batch.kl.tolist()
+    columns["eos"] = batch.finished.tolist()
+    if task:
+        columns["gold"] = gold_accuracy(batch, task)
+    for values in zip(*columns.values()):
+        sample = {"iteration": iteration}
+        for name, value in zip(columns, values):
+            sample[name] = round(value, 4) if isinstance(value, float) else value
+        yield sample
+
+
+def print_progress(batch, metrics, iteration, cfg):
+    """An answer now and then, and warnings."""
+    if iteration == 1 or iteration % max(1, cfg.iterations // 8) == 0:
+        utils.print0(f"    {batch.prompts[0][-60:]!r} -> {batch.answers[0]!r}")
+    if metrics["score_clipped"] > 0.2:
+        utils.print0(
+            f"    warning: {metrics['score_clipped']:.0%} of the scores are outside "
+            f"+-{SCORE_CLIP} and are clipped, so they all look alike; give the scorer a smaller "
+            "weight, such as --reward rules.py:length:0.1"
+        )
+    if metrics["kl"] < -0.1:
+        utils.print0(
+            f"    warning: the mean KL is {metrics['kl']:.2f}; a sampler and a trainer that agree "
+            "cannot stay below 0 for long"
+        )
+
+
+def print_summary(cfg, before, after):
+    gold = ""
+    if "eval_gold" in after:
+        gold = f", gold accuracy {before['eval_gold']:.3f} -> {after['eval_gold']:.3f}"
+    if "eval_ema_gold" in after:
+        gold += f" (EMA {after['eval_ema_gold']:.3f})"
+    utils.print0(
+        f"saved {cfg.out}: held-out score {before['eval_score']:.3f} +- "
+        f"{before['eval_score_se']:.3f} -> {after['eval_score']:.3f} +- "
+        f"{after['eval_score_se']:.3f}{gold}, KL {after['eval_kl']:.2f} nats per answer"
+    )
+
+
+# -----------------------------------------------------------------------------
+# the run
 
 
 def main(cfg):
-    rank, world, device = utils.boot(cfg.seed)
-    dtype = utils.precision(cfg.dtype)
+    device = utils.init_distributed(cfg.seed)
+    dtype = utils.dtype_of(cfg.dtype)
 
-    # ---- four models, one tokenizer ----
+    # ---- models ----
     tokenizer = models.load_tokenizer(cfg.model)
-    if cfg.model == "tiny":
-        raise utils.UserError("--model tiny: its weights are random, and PPO begins with a model that answers; train one with sft.py first")
-    if cfg.reward_model and not models.same_tokenizer(tokenizer, models.load_tokenizer(cfg.reward_model)):
-        raise utils.UserError(f"{cfg.reward_model} has another tokenizer than {cfg.model}: the reward model would read other words than the "
-                              "policy writes; train it from the same model")
-    eos, template = tokenizer.eos_token_id, data.check_template(cfg.template, cfg.model, cfg.reward_model)
-    rule = load_function(cfg.reward) if cfg.reward else None
-    actor = models.Policy(models.add_lora(models.load_lm(cfg.model, dtype), cfg.lora))
-    ref = None if models.lora_spec(cfg.lora)["rank"] else training.frozen_engine(models.Policy(models.load_lm(cfg.model, dtype)), device, cfg)  # or the actor, adapters off
-    critic = RewardModel.from_pretrained(cfg.reward_model, dtype) if cfg.reward_model else RewardModel.from_lm(cfg.model, dtype)
-    reward_model = training.frozen_engine(RewardModel.from_pretrained(cfg.reward_model, dtype), device, cfg) if cfg.reward_model else None
-    context = min(models.context_length(m.config) for m in (actor.lm, critic and critic.model) if m)
-    words, known = actor.lm.config.vocab_size, min(m.config.vocab_size for m in (actor.lm, critic and critic.model) if m)
-    if known < words:
-        raise utils.UserError(f"{cfg.model} has {words} token ids and {cfg.reward_model} only {known}, so it could be asked of one that it lacks; give it as many "
-                              "(transformers' resize_token_embeddings), or train it from the same model")
-    if cfg.max_new_tokens >= context:
-        raise utils.UserError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a prompt in the models' context of {context} tokens")
+    template = data.check_template(cfg.template, cfg.model)
+    actor = Policy(models.add_lora(models.load_lm(cfg.model, dtype), cfg.lora))
+    vocab_size = actor.lm.config.vocab_size
+    ref = None
+    if not models.parse_lora(cfg.lora)["rank"]:
+        ref = training.frozen_engine(Policy(models.load_lm(cfg.model, dtype)), device, cfg)
+    critic = load_critic(cfg, tokenizer, vocab_size, dtype)
+    scorers = load_scorers(cfg, tokenizer, vocab_size, dtype, device)
 
-    # ---- prompts ----
-    train, held_out = data.load(cfg.data, "ppo", cfg.split, cfg.held_out, template, tokenizer, min(cfg.max_len, context) - cfg.max_new_tokens)
-    gold = data.checker(cfg.data)                                                             # exact, on toy only; never trained on
-    ptx_rows = data.load(cfg.ptx_data, "sft", cfg.split, cfg.held_out, template, tokenizer, min(cfg.max_len, context))[0] if cfg.ptx_data and cfg.ptx_coef else None
+    # ---- data ----
+    max_len = longest_row(actor, critic, scorers, cfg)
+    max_prompt_len = max_len - cfg.max_new_tokens
+    train, held_out = data.load(
+        cfg.data, "ppo", cfg.split, cfg.held_out, template, tokenizer, max_prompt_len
+    )
+    task = tasks.TASKS.get(cfg.data)
 
     # ---- engines ----
-    step_size = cfg.batch_size // cfg.minibatches
-    micro, accumulate = utils.micro_batches(step_size, cfg.micro_batch, world)
-    actor = training.train_engine(actor, cfg.actor_lr, micro, accumulate, cfg, ADAM_EPS)
-    # no critic: in recipes of the README, which put another baseline in its place
-    critic = critic and training.train_engine(critic, cfg.critic_lr, micro, accumulate, cfg, ADAM_EPS)
-    ema = training.EMA(actor, cfg.ema, cpu=training.saves(cfg, "offload")) if cfg.ema else None
-    engine = make_engine(cfg.engine, actor, cfg.tp)
-    utils.print0(f"step 3: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.ppo_epochs} epochs x {cfg.minibatches} steps of "
-                 f"{step_size} rows = {world} ranks x {accumulate} x {micro}")
-    one_pass = cfg.ppo_epochs * cfg.minibatches == 1  # the policy that sampled is the one that is updated: no old pass is needed
+    step_rows = cfg.batch_size // cfg.minibatches
+    micro_batch, accumulation_steps = utils.micro_batch_size(step_rows, cfg.micro_batch)
+    sizes = (micro_batch, accumulation_steps)
+    actor = training.train_engine(actor, cfg.actor_lr, *sizes, cfg, ADAM_EPS)
+    if critic:  # some recipes in the README replace the critic by another baseline
+        critic = training.train_engine(critic, cfg.critic_lr, *sizes, cfg, ADAM_EPS)
+    if ref is None:
+        ref = actor  # score() turns its adapters off
+    ema = training.EMA(actor, cfg.ema, cpu=cfg.offload)
+    sampler = make_engine(cfg.engine, actor, cfg.tp)
+    utils.print0(
+        f"step 3: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.ppo_epochs} epochs "
+        f"x {cfg.minibatches} steps of {step_rows} rows = {dist.get_world_size()} ranks x "
+        f"{accumulation_steps} x {micro_batch}"
+    )
+    evaluate_now = partial(
+        evaluate, sampler, held_out, ref, scorers, cfg, micro_batch, tokenizer, task
+    )
 
-    def ref_logprobs(*x):
-        with models.adapters_off():
-            return (ref or actor)(*x, cfg.temperature)[0]
-
-    def ask_frozen(batch, rows_of_steps, micro, **questions):
-        """What the frozen models (and the questions) say: as `ask`; "scores" (B,) are the reward model's and the function's together."""
-        if reward_model:
-            questions["scores"] = lambda tokens, p, a: at_end(reward_model(tokens), p + a)
-        with training.near(device, ref, reward_model):
-            seen = ask(batch, rows_of_steps, micro, rank, world, ref_logprobs=ref_logprobs, **questions)
-        said = texts(batch, tokenizer) if rank == 0 else None
-        if rule:
-            told = torch.zeros(len(batch.tokens), device=device)
-            if rank == 0:
-                told += torch.tensor(rule(*said), device=device)
-            torch.distributed.broadcast(told, 0)
-            seen["scores"] = seen.get("scores", 0) + told
-        return seen, said
-
-    def right(said, finished):
-        """What the exact checker says, on rank 0: 1 where an answer is right and ended."""
-        return [gold(p, a) * e for p, a, e in zip(*said, finished.tolist())]
-
-    def evaluate():
-        """Held-out prompts, sampled with fixed seeds: score with its standard error, KL an answer, gold accuracy."""
-        n = min(len(held_out), EVAL_ROWS)
-        rows = np.resize(np.arange(n), n + -n % world)                                        # some twice, so that ranks get equally many
-        batch = rollout(engine, [held_out.prompt(i) for i in rows], cfg, eos, [2**31 + i for i in rows.tolist()], rank, world)
-        seen, said = ask_frozen(batch, [np.arange(len(rows))], max(micro, 32))
-        scores, kl = seen["scores"][:n], ((batch.logprobs - seen["ref_logprobs"]) * batch.mask).sum(1)[:n]
-        out = {"eval_score": scores.mean().item(), "eval_score_se": scores.std().item() / n**0.5, "eval_kl": kl.mean().item()}
-        if gold and rank == 0:
-            out["eval_gold"] = float(np.mean(right(said, ends(batch, eos))[:n]))
-        return out
-
-    # ---- where the run begins, or goes on ----
+    # ---- start, or resume ----
     checkpoint = training.Checkpoint(cfg, cfg.iterations, ema=ema, actor=actor, critic=critic)
     start, state = checkpoint.restore()
-    kl_coef, ptx_steps = state.get("kl_coef", cfg.kl_coef), state.get("ptx_steps", 0)
-    before = state.get("before") or evaluate()
-    prompts = data.steps(train, train.lengths(), cfg.batch_size, cfg.seed, start, pool=1)         # a rollout is a random sample: no buckets
-    if ptx_rows:
-        text_lengths, text_tokens = ptx_rows.lengths("response"), ptx_rows.answer_lengths("response")
-        ptx = data.steps(ptx_rows, text_lengths, step_size, cfg.seed, ptx_steps)
-    columns = {"score": "7.3f", "gold": "6.3f", "kl": "6.3f", "entropy": "7.3f", "length": "6.1f", "eos_rate": "6.3f", "clip_frac": "6.3f",
-               "explained_variance": "6.3f", "rollout_s": "6.2f", "tokens_per_s": "6.0f", "score_s": "6.2f", "update_s": "6.2f"}
-    log = utils.Log(cfg, cfg.iterations, {k: f for k, f in columns.items() if gold or k != "gold"}, start=start)
-    samples = utils.open_lines(log.out / "samples.jsonl", "iteration", start) if rank == 0 else None
-    if not start:
+    mixture = Mixture(cfg, template, tokenizer, max_len, state.get("mixture_steps", 0))
+    batches = data.steps(train, train.lengths(), cfg.batch_size, cfg.seed, start, pool=1)
+    before = state.get("before") or evaluate_now()
+    columns = {"score": ".3f", "kl": ".3f", "entropy": ".3f", "length": ".1f", "clip_frac": ".3f"}
+    if task:
+        columns = {"gold": ".3f"} | columns
+    log = utils.Log(cfg, cfg.iterations, columns | {"seconds": ".1f"}, start=start)
+    if start == 0:
         log.write(0, before)
     clock = utils.Clock()
 
-    for it in range(start + 1, cfg.iterations + 1):
-        scale = max(0.1, 1 - (it - 1) / cfg.iterations)
-        for e, lr in ((actor, cfg.actor_lr), (critic, cfg.critic_lr)):
-            if e:
-                training.set_lr(e, lr * scale)
+    for iteration in range(start + 1, cfg.iterations + 1):
+        lr_scale = max(0.1, 1 - (iteration - 1) / cfg.iterations)
+        training.set_lr(actor, cfg.actor_lr * lr_scale)
+        if critic:
+            training.set_lr(critic, cfg.critic_lr * lr_scale)
+        _, indices = next(batches)
+        # The randomness belongs to the row, whichever rank samples it.
+        seeds = [hash((cfg.seed, iteration, row)) for row in range(cfg.batch_size)]
 
-        # ---- rollout: the actor answers ----
         clock.lap()
-        _, indices = next(prompts)
-        seeds = [hash((cfg.seed, it, row)) for row in range(cfg.batch_size)]                  # a row's, wherever it is sampled
-        batch = rollout(engine, [train.prompt(i) for i in indices], cfg, eos, seeds, rank, world)
-        mask, tokens_sampled = batch.mask, int(batch.answer_lens.sum())
+        batch = rollout(sampler, train, indices, seeds, cfg, tokenizer)
         rollout_s = clock.lap()
-
-        # ---- score: what the four models say of the answers ----
-        questions = {"values": lambda *x: answer_values(critic, *x)} if critic else {}
-        if cfg.old_logprobs == "trainer" and not one_pass:
-            questions["logprobs"] = lambda *x: actor(*x, cfg.temperature)[0]
-        seen, said = ask_frozen(batch, np.split(np.arange(cfg.batch_size), cfg.minibatches), micro, **questions)
-        old_logprobs = seen.get("logprobs", batch.logprobs)                                   # (B, A)
-        finished = ends(batch, eos)                                                           # (B,)
-        scores = seen["scores"] - EOS_PENALTY * ~finished                                     # (B,)
+        score(batch, actor, ref, critic, scorers, cfg, micro_batch)
         score_s = clock.lap()
-
-        # ---- advantages: the same on every rank ----
-        rewards = token_rewards(scores, old_logprobs, seen["ref_logprobs"], mask, kl_coef, SCORE_CLIP)  # (B, A)
-        raw, returns = gae(seen["values"], rewards, mask, GAMMA, LAM)
-        advantages = whiten(raw, mask)
-
-        # ---- update: several epochs over the same answers ----
-        sums, steps, moved, trained = torch.zeros(8, dtype=torch.float64), 0, 0.0, torch.zeros_like(batch.logprobs)
-        ratio_max = torch.zeros((), device=device)
-        for epoch in range(cfg.ppo_epochs):
-            # The first epoch keeps the rollout's order, which is random already; the same shuffles on every rank.
-            order = np.arange(cfg.batch_size) if epoch == 0 else np.random.default_rng([cfg.seed, it, epoch]).permutation(cfg.batch_size)
-            for rows in np.split(order, cfg.minibatches):
-                if moved > STOP_KL:
-                    break
-                n_tokens, seen_by_step = int(batch.answer_lens[rows].sum()), torch.zeros(8, dtype=torch.float64)
-                parts, extra = utils.deal(rows, batch.lengths, micro, rank, world), []
-                if ptx_rows:
-                    _, text = next(ptx)
-                    extra, ptx_steps = utils.deal(text, text_lengths, micro, rank, world), ptx_steps + 1
-                for part, more in zip_longest(parts, extra):
-                    tokens, prompt_lens, answer_lens = batch.part(part)
-                    A = int(answer_lens.max())
-                    m, old, adv = (x[part, :A] for x in (mask, old_logprobs, advantages))         # (b, A)
-                    share = m.sum() / n_tokens * world * accumulate  # a mean over the step's tokens on all ranks, however it is cut
-
-                    logprobs, entropy = actor(tokens, prompt_lens, answer_lens, cfg.temperature)  # (b, A)
-                    trained[part, :A] = logprobs.detach()
-                    if one_pass and cfg.old_logprobs == "trainer":
-                        old = logprobs.detach()
-                    pi_loss = actor_loss(logprobs, old, adv, m, cfg.clip)
-                    losses, v_loss = {actor: pi_loss * share}, pi_loss.new_zeros(())
-                    if ptx_rows:
-                        text_logprobs, _ = actor(*data.collate(ptx_rows, more, device))           # (b, A'), at temperature 1
-                        losses[actor] -= cfg.ptx_coef * text_logprobs.sum() / text_tokens[text].sum() * world * accumulate
-                    if critic:
-                        values = answer_values(critic, tokens, prompt_lens, answer_lens)          # (b, A)
-                        v_loss = critic_loss(values, seen["values"][part, :A], returns[part, :A], m, VALUE_CLIP)
-                        losses[critic] = v_loss * share
-                    for e, loss in losses.items():
-                        e.backward(loss)
-                    norms = training.step(*losses)
-                    if ema and norms and norms[0] is not None:
-                        ema.update()
-
-                    with torch.no_grad():
-                        log_ratio, n = (logprobs - old) * m, m.sum()
-                        ratio = log_ratio.exp()
-                        ratio_max = torch.maximum(ratio_max, ratio[m].max())
-                        seen_by_step += torch.stack([n, pi_loss * n, v_loss * n, (entropy * m).sum(), (ratio * m).sum(), ((ratio - 1 - log_ratio) * m).sum(),
-                                                     (((ratio - 1).abs() > cfg.clip) & m).sum(),
-                                                     (((values - seen["values"][part, :A]).abs() > VALUE_CLIP) & m).sum() if critic else n * 0]).double().cpu()
-                seen_by_step = utils.all_sum(seen_by_step, device).cpu()
-                moved, steps, sums = (seen_by_step[5] / seen_by_step[0]).item(), steps + 1, sums + seen_by_step
-        torch.distributed.all_reduce(ratio_max, torch.distributed.ReduceOp.MAX)
-        if one_pass:
-            torch.distributed.all_reduce(trained)                                             # every row was zero on all ranks but one
+        metrics = estimate_advantages(batch, scorers, cfg)
+        metrics |= update(batch, actor, critic, ema, mixture, cfg, micro_batch, iteration)
         update_s = clock.lap()
 
-        # ---- what happened ----
-        n, pi, v, entropy, ratio, approx_kl, clipped, v_clipped = (sums / sums[0]).tolist()
-        log_ratio = (old_logprobs - seen["ref_logprobs"]) * mask
-        kl = log_ratio.sum(1).mean().item()
-        gap = (batch.logprobs - (trained if one_pass else old_logprobs))[mask].abs()
-        metrics = {
-            "score": seen["scores"].mean().item(), "score_std": seen["scores"].std().item(), "score_clipped": (scores.abs() > SCORE_CLIP).float().mean().item(),
-            "kl": kl, "kl_k3": ((-log_ratio).exp() - 1 + log_ratio).mul(mask).sum(1).mean().item(), "kl_coef": kl_coef,
-            "entropy": entropy, "length": batch.answer_lens.float().mean().item(), "eos_rate": finished.float().mean().item(),
-            "actor_loss": pi, "ratio_mean": ratio, "ratio_max": ratio_max.item(), "approx_kl": approx_kl, "steps": steps, "clip_frac": clipped,
-            "advantage_mean": raw[mask].mean().item(), "advantage_std": raw[mask].std(unbiased=False).item(),
-            "actor_grad_norm": norms[0], "actor_lr": cfg.actor_lr * scale, "skipped": training.Skipped.total,
-            "engine_gap_mean": gap.mean().item(), "engine_gap_max": gap.max().item(),
-            "rollout_s": rollout_s, "score_s": score_s, "update_s": update_s, "tokens_per_s": tokens_sampled / rollout_s,
-            "memory_gib": utils.memory_gib(), **{f"engine_{k}": v for k, v in engine.stats.items()},
-        }
-        if critic:
-            error = (seen["values"] - returns)[mask].var() / returns[mask].var()
-            metrics |= {"critic_loss": v, "value_clip_frac": v_clipped, "explained_variance": 1 - error.item(), "return_mean": returns[mask].mean().item(),
-                        "critic_grad_norm": norms[1]}
-        if cfg.kl_target:
-            kl_coef = adapt(kl_coef, kl, cfg.kl_target, cfg.batch_size)
-        if rank == 0:
-            golds = right(said, finished) if gold else [None] * len(scores)
-            if gold:
-                metrics["gold"] = float(np.mean(golds))
-            for p, a, s, k, e, g in zip(*said, scores.tolist(), log_ratio.sum(1).tolist(), finished.tolist(), golds):
-                samples.write(json.dumps({"iteration": it, "prompt": p, "answer": a, "score": round(s, 4), "kl": round(k, 4), "eos": e, "gold": g}) + "\n")
-            samples.flush()
-        if it == cfg.iterations or it % max(1, cfg.iterations // EVALS) == 0:
-            metrics |= evaluate()
-        if it == cfg.iterations:
-            models.save_model(actor.module.lm, tokenizer, cfg.out)                            # a model folder
-            if ema:
-                with ema.in_place():
-                    models.save_model(actor.module.lm, tokenizer, f"{cfg.out}/ema")
-                    metrics |= {k.replace("eval", "eval_ema"): v for k, v in evaluate().items()}
-        log(it, metrics)
-        if rank == 0 and (it == 1 or it % max(1, cfg.iterations // 8) == 0):
-            print(f"    {said[0][0][-60:]!r} -> {said[1][0]!r}  score {scores[0]:.2f}")
-        if metrics["score_clipped"] > 0.2:
-            utils.print0(f"    warning: {metrics['score_clipped']:.0%} of the scores lie outside +- {SCORE_CLIP} and are cut to it, so they are all alike; give --reward a weight "
-                         "that brings them there, such as file.py:function:0.1")
-        if kl < -0.1:
-            utils.print0(f"    warning: the mean KL is {kl:.2f}, below 0: a sampler and a trainer that agree cannot give that for long")
-        checkpoint.save(it, kl_coef=kl_coef, ptx_steps=ptx_steps, before=before)
+        metrics |= rollout_metrics(batch, sampler, task)
+        metrics |= {"rollout_s": rollout_s, "score_s": score_s, "update_s": update_s}
+        metrics["seconds"] = rollout_s + score_s + update_s
+        metrics["tokens_per_s"] = int(batch.mask.sum()) / rollout_s
+        metrics["actor_lr"] = cfg.actor_lr * lr_scale
+        metrics["kl_coef"] = cfg.kl_coef
+        last = iteration == cfg.iterations
+        if last or iteration % max(1, cfg.iterations // EVALS) == 0:
+            metrics |= evaluate_now()
+        if last:
+            models.save_model(actor.module.lm, tokenizer, cfg.out)
+        if last and cfg.ema:
+            with ema.in_place():
+                models.save_model(actor.module.lm, tokenizer, f"{cfg.out}/ema")
+                metrics |= evaluate_now(name="eval_ema")
+        log(iteration, metrics)
+        log.samples(sample_rows(batch, iteration, scorers, task))
+        print_progress(batch, metrics, iteration, cfg)
+        checkpoint.save(iteration, mixture_steps=mixture.steps, before=before)
 
     checkpoint.finish()
-    shown = "".join(f", {name} {before[k]:.3f} -> {metrics[k]:.3f}" for k, name in (("eval_gold", "gold"),) if k in metrics) + "".join(
-        f" (average {metrics[k]:.3f})" for k in ("eval_ema_gold",) if k in metrics)
-    utils.print0(f"saved {cfg.out}: held-out score {before['eval_score']:.3f} +- {before['eval_score_se']:.3f} -> {metrics['eval_score']:.3f} +- "
-                 f"{metrics['eval_score_se']:.3f}{shown}, KL {metrics['eval_kl']:.2f} nats an answer")
+    print_summary(cfg, before, metrics)
 
 
 if __name__ == "__main__":

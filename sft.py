@@ -1,109 +1,151 @@
-"""Step 1: supervised fine-tuning on demonstrations (InstructGPT, Ouyang et al. 2022, section 3.5, "SFT").
+"""Step 1: supervised fine-tuning on demonstrations (InstructGPT, Ouyang et al. 2022, section 3.5,
+"SFT").
 
-Trains a causal LM to give the demonstrated answer to a prompt; the loss is on the answer and the EOS that ends it. On purpose
-not as in DeepSpeed-Chat: no loss on prompts or padding, EOS is an id and not text, lengths and not masks, the mean is over the
-tokens of the whole batch, on all ranks.
+Trains a causal LM to give the demonstrated answer to a prompt. The loss is on the answer and on the
+EOS that ends it.
 
-    python sft.py                                                     # a tiny model from scratch, on a laptop
+Differs from DeepSpeed-Chat by design: no loss on prompts or padding; EOS is a token id, not text;
+lengths instead of masks; the loss is a mean over the answer tokens of the whole batch, on all
+ranks.
+
+    python sft.py                         # a tiny model from scratch, on a laptop
     python sft.py --model facebook/opt-1.3b --data demos.jsonl --lr 1e-5 --micro-batch 8
-    torchrun --nproc_per_node 8 sft.py --model meta-llama/Llama-3.2-1B --data demos.jsonl --lr 1e-5 --zero 3
-
-Dimension key:  B batch, T = P prompt + A answer.
+    torchrun --nproc_per_node 8 sft.py --model meta-llama/Llama-3.2-1B --data demos.jsonl \\
+        --lr 1e-5 --zero 3
 """
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import data
 import models
 import training
 import utils
 
+# Dimension key:  B batch, T = P prompt + A answer.
+
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "tiny"                # model folder or hub name to start from; tiny: the built-in one, from scratch
-    data: str = "toy"                  # sources, joined by commas, each with an optional :weight
-    out: str = "out/sft"               # folder of the run; it is itself a model folder
-    split: str = ""                    # shares of the rows that steps 1, 2 and 3 get, such as 2,4,4; empty: all to each
-    held_out: float = 0.05             # share of the rows that is only evaluated on
-    template: str = "Human: {prompt}\nAssistant:"  # how a prompt is written; chat: the tokenizer's own chat template
-    max_len: int = 512                 # rows of more tokens, prompt and answer, are left out, and counted
-    epochs: float = 2.5                # passes over the data
-    batch_size: int = 32               # rows of one optimizer step, on all ranks together
-    micro_batch: int = 0               # rows a rank takes at once; 0: its whole share
-    lr: float = 1e-3                   # peak learning rate; take about 1e-5 for a pretrained model
-    lora: str = ""                     # train adapters only, in ppo.py of the actor: their rank, or such as 8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: all weights
-    seed: int = 1                      # of initial weights and of the order of rows
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
-    zero: Literal[0, 1, 2, 3] = 0      # ZeRO stage: shards optimizer (1), gradients (2), parameters (3) over the ranks
-    save_memory: Literal["no", "recompute", "offload", "both"] = "no"  # recompute activations; offload optimizer, frozen models, ZeRO-3 weights to the CPU
-    resume: bool = False               # go on after the last complete checkpoint in --out
-    ds_config: str = ""                # JSON file merged over the DeepSpeed settings in training.train_engine
+    # models
+    model: str = "tiny"            # folder or hub name to start from; tiny: the built-in one
+    lora: str = ""                 # train adapters only (in ppo.py those of the actor): a rank, or
+    #   8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: train all weights
+    out: str = "out/sft"           # folder of the run; it is itself a model folder
+    # data
+    data: str = "toy"              # sources, joined by commas, each with an optional :weight
+    split: str = ""                # shares of the rows for steps 1, 2 and 3, such as 2,4,4;
+    #   empty: all rows for each step
+    held_out: float = 0.05         # share of the rows that is only evaluated on
+    template: str = "Human: {prompt}\nAssistant:"  # how a prompt is written; chat: the tokenizer's
+    #   own chat template
+    max_len: int = 512             # rows with more tokens, prompt and answer, are left out
+    # training
+    epochs: float = 2.5            # epochs over the data
+    batch_size: int = 32           # rows per optimizer step, over all ranks
+    micro_batch: int = 0           # rows per rank and forward; 0: the rank's share of a batch
+    lr: float = 1e-3               # peak learning rate; about 1e-5 for a pretrained model
+    # run
+    seed: int = 1                  # of initial weights and of the order of rows
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, else fp32
+    zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage: shards optimizer (1), gradients (2), weights (3)
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    offload: bool = False          # keep optimizers, frozen models and ZeRO-3 shards in CPU memory
+    resume: bool = False           # continue from the last complete checkpoint in --out
+    ds_config: str = ""            # JSON file merged over the DeepSpeed settings in training.py
 
     def __post_init__(self):
-        utils.at_least(self, 1, "batch_size")
-        utils.at_least(self, 0, "micro_batch", "epochs")
+        utils.require_at_least(self, 1, "batch_size")
+        utils.require_at_least(self, 0, "micro_batch", "epochs")
 
 
-EVAL_ROWS = 1024  # held-out rows that are looked at, at most
+EVAL_ROWS = 1024  # held-out rows that are evaluated, at most
 
 
 @torch.no_grad()
-def evaluate(engine, rows, micro, rank, world, device):
-    """Mean loss a token on held-out rows, over all ranks."""
-    def question(indices):
-        logprobs, _ = engine(*(batch := data.collate(rows, indices, device)))
-        return torch.stack([-logprobs.sum(1), batch[2].float()], 1)                           # (B, 2)
+def evaluate(engine, rows, micro_batch, device):
+    """Mean loss per answer token on held-out rows, over all ranks."""
+
+    def loss_and_tokens(indices):
+        tokens, prompt_lens, answer_lens = data.collate(rows, indices, device)
+        logprobs, _ = engine(tokens, prompt_lens, answer_lens)                      # (B, A)
+        return torch.stack([-logprobs.sum(1), answer_lens.float()], 1)              # (B, 2)
+
     indices = np.arange(min(len(rows), EVAL_ROWS))
-    loss, tokens = utils.ask_rows(question, indices, rows.lengths("response"), micro, rank, world).sum(0).tolist()
+    lengths = rows.lengths("response")
+    sums = utils.forward_in_micro_batches(loss_and_tokens, indices, lengths, micro_batch)
+    loss, tokens = sums.sum(0).tolist()
     return loss / tokens
 
 
 def main(cfg):
-    rank, world, device = utils.boot(cfg.seed)
+    device = utils.init_distributed(cfg.seed)
 
     # ---- model and data ----
     tokenizer = models.load_tokenizer(cfg.model)
     template = data.check_template(cfg.template, cfg.model)
-    policy = models.Policy(models.load_lm(cfg.model, utils.precision(cfg.dtype)))
+    policy = models.Policy(models.load_lm(cfg.model, utils.dtype_of(cfg.dtype)))
     models.add_lora(policy.lm, cfg.lora)
     max_len = min(cfg.max_len, models.context_length(policy.lm.config))
-    train, held_out = data.load(cfg.data, "sft", cfg.split, cfg.held_out, template, tokenizer, max_len)
-    lengths, answer_lengths = train.lengths("response"), train.answer_lengths("response")
-    micro, accumulate = utils.micro_batches(cfg.batch_size, cfg.micro_batch, world)
+    train, held_out = data.load(
+        cfg.data, "sft", cfg.split, cfg.held_out, template, tokenizer, max_len
+    )
+    lengths = train.lengths("response")
+    answer_lengths = train.answer_lengths("response")
+
+    # ---- engine ----
+    world = dist.get_world_size()
+    micro_batch, accumulation_steps = utils.micro_batch_size(cfg.batch_size, cfg.micro_batch)
+    engine = training.train_engine(policy, cfg.lr, micro_batch, accumulation_steps, cfg)
     total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
-    utils.print0(f"step 1: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} rows"
-                 f" = {world} ranks x {accumulate} x {micro}")
-    engine = training.train_engine(policy, cfg.lr, micro, accumulate, cfg)
+    n_params = sum(p.numel() for p in policy.parameters())
+    utils.print0(
+        f"step 1: {n_params / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} rows = "
+        f"{world} ranks x {accumulation_steps} x {micro_batch}"
+    )
+
+    # ---- start, or resume ----
     checkpoint = training.Checkpoint(cfg, total, engine=engine)
     start, _ = checkpoint.restore()
-    stream = data.steps(train, lengths, cfg.batch_size, cfg.seed, start)
-    log = utils.Log(cfg, total, {"loss": "7.4f", "held_out_loss": "7.4f", "perplexity": "8.2f", "padding": "6.3f", "tokens_per_s": "7.0f"}, every=max(1, total // 30), start=start)
+    batches = data.steps(train, lengths, cfg.batch_size, cfg.seed, start)
+    columns = {"loss": ".4f", "held_out_loss": ".4f", "perplexity": ".2f", "tokens_per_s": ".0f"}
+    log = utils.Log(cfg, total, columns, every=max(1, total // 30), start=start)
     clock = utils.Clock()
 
     # ---- training ----
     for step in range(start + 1, total + 1):
-        epoch, indices = next(stream)
-        lr = cfg.lr * utils.cosine(step - 1, total)
+        lr = cfg.lr * utils.cosine_schedule(step - 1, total)
         training.set_lr(engine, lr)
-        batches = [data.collate(train, part, device) for part in utils.deal(indices, lengths, micro, rank, world)]
-        answer_tokens = answer_lengths[indices].sum()      # of all ranks: the mean is over the whole batch
-        loss = 0.0
-        for tokens, prompt_lens, answer_lens in batches:
-            logprobs, _ = engine(tokens, prompt_lens, answer_lens)          # (B, A)
-            part = -logprobs.sum() / answer_tokens
-            engine.backward(part * world * accumulate)                      # DeepSpeed averages over ranks and divides by accumulate
+        epoch, indices = next(batches)
+        step_tokens = answer_lengths[indices].sum()  # on all ranks
+        loss_sum, slots = 0.0, 0
+        for part in utils.split_micro_batches(indices, lengths, micro_batch):
+            tokens, prompt_lens, answer_lens = data.collate(train, part, device)
+            logprobs, _ = engine(tokens, prompt_lens, answer_lens)                  # (B, A)
+            loss = -logprobs.sum() / step_tokens
+            # DeepSpeed averages over micro batches and ranks; this loss is a share of a sum.
+            engine.backward(loss * world * accumulation_steps)
             norms = training.step(engine)
-            loss += part.item()
-        slots, real = utils.all_sum(torch.tensor([sum(t.numel() for t, *_ in batches), lengths[indices].sum() / world]), device).tolist()
-        metrics = {"epoch": epoch, "loss": utils.all_sum(loss, device), "lr": lr,
-                   "padding": 1 - real / slots, "tokens_per_s": real / clock.lap(), "grad_norm": norms[0], "skipped": training.Skipped.total}
+            loss_sum += loss.item()
+            slots += tokens.numel()
+        slots = utils.sum_over_ranks(slots, device)
+        real_tokens = float(lengths[indices].sum())
+        metrics = {
+            "epoch": epoch,
+            "loss": utils.sum_over_ranks(loss_sum, device),
+            "lr": lr,
+            "padding": 1 - real_tokens / slots,
+            "tokens_per_s": real_tokens / clock.lap(),
+            "grad_norm": norms[0],
+            "skipped": training.SkippedSteps.total,
+        }
         if step == total or step % max(1, total // 10) == 0:
-            metrics["held_out_loss"] = evaluate(engine, held_out, micro, rank, world, device)
-            metrics["perplexity"] = float(np.exp(metrics["held_out_loss"]))
+            held_out_loss = evaluate(engine, held_out, micro_batch, device)
+            metrics["held_out_loss"] = held_out_loss
+            metrics["perplexity"] = float(np.exp(held_out_loss))
             clock.lap()
         log(step, metrics)
         checkpoint.save(step)
@@ -111,7 +153,10 @@ def main(cfg):
     # ---- a model folder ----
     models.save_model(policy.lm, tokenizer, cfg.out)
     checkpoint.finish()
-    utils.print0(f"saved {cfg.out}: held-out loss {metrics['held_out_loss']:.4f}, perplexity {metrics['perplexity']:.2f}")
+    utils.print0(
+        f"saved {cfg.out}: held-out loss {metrics['held_out_loss']:.4f}, "
+        f"perplexity {metrics['perplexity']:.2f}"
+    )
 
 
 if __name__ == "__main__":

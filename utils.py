@@ -1,4 +1,4 @@
-"""What the scripts share and a reader rarely opens: command line, start-up, how batches are cut, logs."""
+"""What all scripts share: command line, start-up, micro batches, collectives, logs."""
 import argparse
 import dataclasses
 import importlib
@@ -24,11 +24,16 @@ import torch.distributed as dist
 
 
 class UserError(ValueError):
-    """A mistake that a user can mend. Its message is all that is printed: what was there, where, and what to do."""
+    """A mistake that a user can fix. Only its message is printed: what was wrong and what to do."""
+
+
+def is_rank0():
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print0(*args):
-    if os.environ.get("RANK", "0") == "0":
+    """print, on rank 0 only."""
+    if is_rank0():
         print(*args, flush=True)
 
 
@@ -36,59 +41,105 @@ def print0(*args):
 # command line
 
 
-def field_help(Config):
-    """{field: the comment behind it in the source}. The comment is the flag's help, so the two cannot differ."""
-    out, line_field = {}, {}
-    for tok in tokenize.generate_tokens(io.StringIO(inspect.getsource(Config)).readline):
-        if tok.type == tokenize.NAME and tok.start[0] not in line_field:
-            line_field[tok.start[0]] = tok.string
-        elif tok.type == tokenize.COMMENT and tok.start[0] in line_field:
-            out[line_field[tok.start[0]]] = tok.string.lstrip("# ")
-    return out
+def field_comments(Config):
+    """Reads the source of a dataclass: returns {field: help} and {field: group}.
+
+    The comment behind a field is its help, continued on lines that begin with "#   "; any other
+    comment on a line of its own starts a group of flags. So source and --help cannot differ."""
+    help_of, group_of = {}, {}
+    group, field, field_line = "flags", None, 0
+    source = io.StringIO(inspect.getsource(Config))
+    for token in tokenize.generate_tokens(source.readline):
+        line = token.start[0]
+        if token.type == tokenize.NAME and line != field_line:
+            field, field_line = token.string, line
+            group_of[field] = group
+        elif token.type == tokenize.COMMENT and line == field_line:
+            help_of[field] = token.string.lstrip("# ")
+        elif token.type == tokenize.COMMENT and token.string.startswith("#   "):
+            help_of[field] += " " + token.string.lstrip("# ")
+        elif token.type == tokenize.COMMENT:
+            group = token.string.lstrip("# ")
+    return help_of, group_of
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        """Without argparse's ten lines of usage in front of the line that matters."""
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
 def parse_args(Config, argv=None):
-    """A frozen dataclass of knobs to a command line: `kl_coef: float = 0.1  # help` is --kl-coef 0.2 (or --kl_coef)."""
-    argv = [a.replace("_", "-", a.split("=")[0].count("_")) if a.startswith("--") else a for a in argv or sys.argv[1:]]
-    doc = sys.modules[Config.__module__].__doc__ or ""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    hints, comments = typing.get_type_hints(Config), field_help(Config)
-    for f in dataclasses.fields(Config):
-        kind, flag = hints[f.name], "--" + f.name.replace("_", "-")
-        how = {"default": f.default, "help": f"{comments[f.name]} (default: {f.default!r})".replace("%", "%%")}
+    """Builds a command line from a frozen dataclass: `kl_coef: float = 0.1  # help` becomes
+    --kl-coef 0.2 (or --kl_coef). Returns a Config."""
+    if argv is None:
+        argv = sys.argv[1:]
+    parser = OneLineParser(
+        description=sys.modules[Config.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    types = typing.get_type_hints(Config)
+    help_of, group_of = field_comments(Config)
+    groups = {}
+    for field in dataclasses.fields(Config):
+        name = group_of[field.name]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        kind = types[field.name]
+        help_text = f"{help_of[field.name]} (default: {field.default!r})".replace("%", "%%")
+        options = {"default": field.default, "help": help_text}
         if kind is bool:
-            how["action"] = argparse.BooleanOptionalAction
+            options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
-            how.update(type=type(typing.get_args(kind)[0]), choices=typing.get_args(kind))
+            options["choices"] = typing.get_args(kind)
+            options["type"] = type(options["choices"][0])
         else:
-            how.update(type=kind, metavar=kind.__name__.upper())
-        parser.add_argument(flag, **how)
-    parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    args = vars(parser.parse_args(argv))
-    args.pop("local_rank")
+            options["type"] = kind
+            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+        groups[name].add_argument("--" + field.name.replace("_", "-"), **options)
+    # The deepspeed launcher passes this one; the environment says the same.
+    parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
+
+    args = vars(parser.parse_args([with_dashes(arg) for arg in argv]))
+    del args["local_rank"]
     try:
         return Config(**args)
-    except UserError as e:
-        parser.error(str(e))
+    except UserError as error:
+        parser.error(str(error))
 
 
-def at_least(cfg, least, *names):
+def with_dashes(arg):
+    """--kl_coef=0.1 becomes --kl-coef=0.1; what is not a flag stays as it is."""
+    if not arg.startswith("--"):
+        return arg
+    flag, equals, value = arg.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def require_at_least(cfg, least, *names):
+    """Raises UserError where one of these fields of a Config is smaller than `least` or NaN."""
     for name in names:
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {least}")
+        value = getattr(cfg, name)
+        if not value >= least:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value}: must be at least {least}")
 
 
 def run(main, Config):
-    """The last line of a script. A user's mistake is one sentence and exit code 2; anything else is a bug and shows its traceback."""
+    """The last line of a script. A user's mistake prints one sentence and exits with code 2;
+    anything else is a bug and shows its traceback."""
     cfg = parse_args(Config)
     try:
         main(cfg)
-    except UserError as e:
+    except UserError as error:
         sys.stdout.flush()
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # most mistakes are every rank's: then rank 0 says it, and the launcher ends the others meanwhile
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        os._exit(2)  # and not sys.exit: another rank may be inside a collective, and would be waited for
+        if not is_rank0():
+            # Most mistakes are every rank's. Rank 0 prints; the launcher ends the others meanwhile.
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Not sys.exit: another rank may be inside a collective, and this one would wait for it.
+        os._exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -97,198 +148,340 @@ def run(main, Config):
 # start-up
 
 
-def boot(seed):
-    """Joins the other ranks, however they were started (python, torchrun, deepspeed). Returns rank, world size, device."""
-    if "RANK" not in os.environ:
+def init_distributed(seed):
+    """Joins the other ranks, whoever launched them (python, torchrun, deepspeed), and seeds all
+    generators. Afterwards dist.get_rank() and dist.get_world_size() work everywhere.
+    Returns this rank's device."""
+    if "RANK" not in os.environ:  # plain `python script.py`: one rank
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+
     cuda = torch.cuda.is_available()
     if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before deepspeed is imported; only spares a warning
-    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of collectives that torch renamed
-    importlib.import_module("torch._dynamo")  # before zero.Init, which breaks the import inside it (DeepSpeed 0.19, torch 2.13)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before deepspeed is imported
+    # DeepSpeed calls collectives that torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # Gradient checkpointing warns where nothing is trained.
+    warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+    # NOTE: before zero.Init, inside which this import fails (DeepSpeed 0.19, torch 2.13).
+    importlib.import_module("torch._dynamo")
     import deepspeed
+
     importlib.import_module("deepspeed.comm.torch")
-    if not cuda:  # DeepSpeed would compile C++ for two minutes, for a collective that gloo has
+    if not cuda:
+        # DeepSpeed would compile C++ for two minutes, for a collective that gloo has.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-    warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # recomputing, where nothing is trained
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are of our AdamW, and of skipped steps, which we say ourselves
-    quiet()
-    rank, device = int(os.environ["RANK"]), torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    # Its warnings are about our AdamW and about skipped steps, which we report ourselves.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    quiet_transformers()
+
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
-    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-    return rank, dist.get_world_size(), device
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return device
 
 
-def quiet():
+def quiet_transformers():
     import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
-def precision(name):
-    """auto is bf16 on a GPU and fp32 on a CPU."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32}[name]
+def dtype_of(name):
+    """--dtype to a torch.dtype; auto is bf16 on a GPU and fp32 on a CPU."""
+    if name == "auto":
+        name = "bf16" if torch.cuda.is_available() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 # -----------------------------------------------------------------------------
-# how a batch is cut, and what ranks tell each other
+# micro batches
 
 
-def micro_batches(cfg_batch, cfg_micro, world):
-    """Rows of an optimizer step that one rank takes at once, and how often: (micro batch, steps). Checks that they divide."""
-    if cfg_batch % world:
-        raise UserError(f"the {cfg_batch} rows of an optimizer step (--batch-size, over --minibatches in ppo.py) are not divided by the {world} ranks; take a multiple of {world}")
-    mine = cfg_batch // world
-    micro = min(cfg_micro, mine) if cfg_micro else mine
-    return micro, -(-mine // micro)
+def micro_batch_size(step_rows, micro_batch):
+    """How a rank computes its share of the rows of one optimizer step. micro_batch: what the user
+    asked for, 0 for the whole share. Returns (rows per micro batch, micro batches per step)."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if step_rows % world:
+        raise UserError(
+            f"the {step_rows} rows of an optimizer step (--batch-size, in ppo.py divided by "
+            f"--minibatches) cannot be divided among {world} ranks; take a multiple of {world}"
+        )
+    share = step_rows // world
+    size = min(micro_batch or share, share)
+    return size, -(-share // size)
 
 
-def deal(rows, lengths, micro, rank, world):
-    """The micro batches of one rank, of the rows (an index array) that one optimizer step sees on all ranks. Rows are sorted by
-    length and dealt like cards: ranks carry the same load and a micro batch has little padding. Every rank gets equally many."""
-    rows = rows[np.argsort(-lengths[rows], kind="stable")][rank::world]
-    return [rows[i : i + micro] for i in range(0, len(rows), micro)]
+def split_micro_batches(rows, lengths, micro_batch):
+    """This rank's micro batches, out of the rows (an index array) that one optimizer step sees on
+    all ranks. Rows are sorted by length and dealt out like cards: all ranks get the same load, a
+    micro batch has little padding, and every rank has the same number of them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    longest_first = rows[np.argsort(-lengths[rows], kind="stable")]
+    share = longest_first[rank::world]
+    return [share[i : i + micro_batch] for i in range(0, len(share), micro_batch)]
 
 
-def ask_rows(question, indices, lengths, micro, rank, world):
-    """question(indices of a micro batch) -> (b, k) float, for all of `indices`: (n, k), in their order, on every rank."""
-    padded = np.resize(indices, len(indices) + -len(indices) % world)  # some twice, so that every rank makes the same forwards
+def fill_to_multiple(rows, n):
+    """Repeats some rows, so that their number is a multiple of n: every rank then makes the same
+    number of forwards."""
+    return np.resize(rows, len(rows) + -len(rows) % n)
+
+
+def forward_in_micro_batches(forward, indices, lengths, micro_batch):
+    """Calls forward(indices of a micro batch) -> (b, k) float for all of `indices`, spread over the
+    ranks. Returns (n, k) in the order of `indices`, on every rank."""
+    padded = fill_to_multiple(indices, dist.get_world_size())
     out = None
-    for part in deal(np.arange(len(padded)), lengths[padded], micro, rank, world):
-        x = question(padded[part])
-        out = x.new_zeros(len(padded), x.size(1)) if out is None else out
+    for part in split_micro_batches(np.arange(len(padded)), lengths[padded], micro_batch):
+        x = forward(padded[part])
+        if out is None:
+            out = x.new_zeros(len(padded), x.size(1))
         out[part] = x
-    dist.all_reduce(out)  # every row was zero on all ranks but one
+    dist.all_reduce(out)  # every row is zero on all ranks but one
     return out[: len(indices)]
 
 
-def all_sum(x, device):
-    """Sum over ranks of a number or a tensor."""
-    t = torch.as_tensor(x, dtype=torch.float64, device=device).clone()
-    dist.all_reduce(t)
-    return t if isinstance(x, torch.Tensor) else t.item()
+# -----------------------------------------------------------------------------
+# collectives
+
+
+def sum_over_ranks(x, device):
+    """Sum over ranks, in float64, of a number or a tensor."""
+    total = torch.as_tensor(x, dtype=torch.float64, device=device).clone()
+    dist.all_reduce(total)
+    return total if isinstance(x, torch.Tensor) else total.item()
 
 
 def gather_rows(x):
-    """Rows of all ranks, dealt as rank::world, back in order. x (n, ...) on each rank, n and the last size may differ by rank;
-    pads with 0 on the right. Returns (sum of n, ...) on x's device."""
-    world, device = dist.get_world_size(), x.device
+    """All ranks' rows, on every rank. x (n, ...) holds rows rank::world of the whole; n and the
+    last size may differ between ranks. Pads with 0 on the right. Returns (sum of n, ...)."""
+    world = dist.get_world_size()
     if world == 1:
         return x
-    shape = torch.tensor([len(x), x.size(-1) if x.dim() > 1 else 0], device=device)
+    width = x.size(-1) if x.dim() > 1 else 0
+    shape = torch.tensor([len(x), width], device=x.device)
     shapes = [torch.empty_like(shape) for _ in range(world)]
     dist.all_gather(shapes, shape)
-    n, width = (int(max(s[i] for s in shapes)) for i in (0, 1))
-    full = x.new_zeros((n, width) if x.dim() > 1 else n)
-    full[(slice(len(x)), slice(x.size(1))) if x.dim() > 1 else slice(len(x))] = x
-    parts = [torch.empty_like(full) for _ in range(world)]
-    dist.all_gather(parts, full.contiguous())
+    most_rows, most_width = torch.stack(shapes).max(0).values.tolist()
+    if x.dim() > 1:
+        padded = x.new_zeros(most_rows, most_width)
+        padded[: len(x), :width] = x
+    else:
+        padded = x.new_zeros(most_rows)
+        padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
     total = sum(int(s[0]) for s in shapes)
     return torch.stack(parts, 1).flatten(0, 1)[:total]  # row i of rank r is row i * world + r
+
+
+class Totals:
+    """Means of named quantities over tokens: over micro batches, optimizer steps and ranks.
+
+    A mean over all tokens is the sum of the sums over the sum of the counts, so that it does not
+    depend on how the batch was split.
+    """
+
+    def __init__(self):
+        self.sums = {}    # name -> float64 sum over tokens; "tokens" -> their number
+        self.maxima = {}  # name -> largest value
+
+    def add(self, mask, **quantities):
+        """mask (B, A) bool; a quantity is a (B, A) tensor, or a scalar that is its masked mean."""
+        n = mask.sum()
+        sums = {"tokens": n}
+        for name, x in quantities.items():
+            sums[name] = x * n if x.dim() == 0 else (x * mask).sum()
+        for name, x in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + x.double()
+
+    def add_max(self, **quantities):
+        for name, x in quantities.items():
+            self.maxima[name] = torch.maximum(self.maxima.get(name, x), x)
+
+    def all_reduce(self):
+        """Takes all ranks together."""
+        sums = torch.stack(list(self.sums.values()))
+        dist.all_reduce(sums)
+        self.sums = dict(zip(self.sums, sums))
+        for x in self.maxima.values():
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+
+    def merge(self, other):
+        """Adds another object's sums to these."""
+        for name, x in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0) + x
+        self.add_max(**other.maxima)
+
+    def mean(self, name):
+        return (self.sums[name] / self.sums["tokens"]).item()
+
+    def means(self):
+        """{name: mean over tokens, or maximum} as floats."""
+        out = {name: self.mean(name) for name in self.sums if name != "tokens"}
+        return out | {name: x.item() for name, x in self.maxima.items()}
 
 
 # -----------------------------------------------------------------------------
 # logs
 
 
-def commit():
-    """The commit that this code is, or None."""
+def git_commit():
+    """The commit of this code, or None."""
+    here = Path(__file__).parent
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
+        command = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=here)
     except FileNotFoundError:
         return None
+    return done.stdout.strip() or None
 
 
 def memory_gib():
-    """Most memory that this process has held: on the GPU, else on the host."""
+    """Peak memory of this process: on the GPU if there is one, else on the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def cosine(step, total, warmup=0.03, floor=0.1):
-    """Share of the peak learning rate: linear warm-up over 3% of the steps, then half a cosine down to 10%."""
-    up = max(1, int(warmup * total))
-    return (step + 1) / up if step < up else floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * (step - up) / max(1, total - up)))
+def cosine_schedule(step, total, warmup=0.03, floor=0.1):
+    """Share of the peak learning rate at a step (from 0): linear warm-up over 3% of the steps,
+    then half a cosine down to 10%."""
+    warmup_steps = max(1, int(warmup * total))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total - warmup_steps)
+    return floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * progress))
 
 
 class Clock:
-    """Seconds since the last lap, with all of the GPU's work done."""
-
     def __init__(self):
-        self.lap()
+        self.last = time.perf_counter()
 
     def lap(self):
+        """Seconds since the last lap, with all of the GPU's work done."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        seconds, self.last = now - getattr(self, "last", now), now
+        seconds = now - self.last
+        self.last = now
         return seconds
 
 
-def open_lines(path, key, last):
-    """A file of JSON lines to append to, with the lines up to the step `last` kept: what came after a checkpoint comes again."""
+def atomic_write(path, text):
+    """Whenever the process ends, the file is the old one or the new one, never half of it."""
+    new = Path(f"{path}.new")
+    new.write_text(text)
+    new.rename(path)
+
+
+def append_lines(path, key, last):
+    """Opens a file of JSON lines for appending. Lines past step `last` are dropped: they were
+    written after the checkpoint that a run resumes from, and will be written again."""
     kept = []
     if last and path.exists():
         for line in path.read_text().splitlines():
             try:
-                if json.loads(line)[key] <= last:
-                    kept.append(line + "\n")
+                row = json.loads(line)
             except json.JSONDecodeError:
-                break  # cut off in the middle, so it came after the checkpoint
-    write_whole(path, "".join(kept))
+                break  # cut off in the middle, so it was written after the checkpoint
+            if row[key] <= last:
+                kept.append(line + "\n")
+    atomic_write(path, "".join(kept))
     return open(path, "a")
 
 
-def write_whole(path, text):
-    """The old file or the new one, whenever the process ends."""
-    beside = Path(f"{path}.new")
-    beside.write_text(text)
-    beside.rename(path)
-
-
 class Log:
-    """One line a step on the screen, with fixed columns; the same numbers and all others in metrics.jsonl; run.json beside it."""
+    """One line per step on the screen, in fixed columns; all numbers in OUT/metrics.jsonl; and
+    OUT/run.json with the configuration and the versions of everything."""
 
     def __init__(self, cfg, total, columns, every=1, start=0):
-        """columns: {metric: format}, e.g. {"loss": "8.4f"}. every: of how many steps one is printed. start: the step that a resumed run goes on after."""
-        self.out, self.total, self.columns, self.every, self.first = Path(cfg.out), total, columns, every, start
-        self.start, self.tty = time.time(), sys.stdout.isatty()
-        self.rank0 = os.environ.get("RANK", "0") == "0"
-        if not self.rank0:
+        """columns: {metric: format}, such as {"loss": ".4f"}. every: print one step of so many.
+        start: the step that a resumed run goes on after."""
+        self.out = Path(cfg.out)
+        self.total = total
+        self.columns = columns
+        self.every = every
+        self.start = start
+        self.start_time = time.time()
+        self.interactive = sys.stdout.isatty()
+        if not is_rank0():
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        import deepspeed
-        import transformers
-        versions = {m.__name__: m.__version__ for m in (torch, deepspeed, transformers, np)}
-        write_whole(self.out / "run.json", json.dumps({"script": Path(sys.argv[0]).name, "config": dataclasses.asdict(cfg), "world": dist.get_world_size(),
-                                                       "versions": versions, "git": commit()}, indent=1))
-        self.file = open_lines(self.out / "metrics.jsonl", "step", start)
-        print0("  step" + " " * (len(str(total)) * 2 - 3) + "".join(f" {k:>{max(len(k), int(f.split('.')[0]))}}" for k, f in columns.items()) + "  left")
+        atomic_write(self.out / "run.json", json.dumps(run_record(cfg), indent=1))
+        self.file = append_lines(self.out / "metrics.jsonl", "step", start)
+        self.sample_file = None
+        names = " ".join(f"{name:>{self.width(name)}}" for name in columns)
+        print0(f"{'step':>{self.step_width}} {names}   left")
+
+    @property
+    def step_width(self):
+        return max(4, 2 * len(str(self.total)) + 1)
+
+    def width(self, name):
+        return max(len(name), 7)
 
     def write(self, step, metrics):
-        """Only to the file."""
-        if self.rank0:
-            self.file.write(json.dumps({"step": step, **{k: v for k, v in metrics.items() if v is not None and np.isfinite(v)}}) + "\n")
+        """Writes to the file only. Values that are not finite are left out."""
+        if is_rank0():
+            finite = {k: v for k, v in metrics.items() if v is not None and np.isfinite(v)}
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
             self.file.flush()
 
-    def __call__(self, step, metrics):
-        """step counts from 1. Rank 0 writes; others do nothing."""
-        self.write(step, metrics)
-        if not self.rank0:
+    def samples(self, rows):
+        """Appends rows, which hold their "iteration", to OUT/samples.jsonl."""
+        if not is_rank0():
             return
-        left = (time.time() - self.start) / (step - self.first) * (self.total - step)
-        bar = "━" * (n := 10 * step // self.total) + "╌" * (10 - n)
-        cells = "".join(f" {format(metrics[k], f) if k in metrics else '-':>{max(len(k), int(f.split('.')[0]))}}" for k, f in self.columns.items())
-        line = f"{step:>{len(str(self.total))}}/{self.total} {cells}  {int(left // 60)}:{int(left % 60):02d} {bar}"
+        if self.sample_file is None:
+            path = self.out / "samples.jsonl"
+            self.sample_file = append_lines(path, "iteration", self.start)
+        for row in rows:
+            self.sample_file.write(json.dumps(row) + "\n")
+        self.sample_file.flush()
+
+    def __call__(self, step, metrics):
+        """Writes and prints a step, which counts from 1. Ranks other than 0 do nothing."""
+        self.write(step, metrics)
+        if not is_rank0():
+            return
+        cells = []
+        for name, form in self.columns.items():
+            cell = format(metrics[name], form) if name in metrics else "-"
+            cells.append(f"{cell:>{self.width(name)}}")
+        seconds_per_step = (time.time() - self.start_time) / (step - self.start)
+        minutes, seconds = divmod(int(seconds_per_step * (self.total - step)), 60)
+        progress = f"{step}/{self.total}"
+        line = f"{progress:>{self.step_width}} {' '.join(cells)} {minutes:3}:{seconds:02}"
+        if self.interactive:
+            line = "\r\033[K" + line  # over the line of the step before, if that was not kept
         if step % self.every == 0 or step in (1, self.total):
-            print(("\r\033[K" if self.tty else "") + line, flush=True)
-        elif self.tty:
-            print("\r\033[K" + line, end="", flush=True)
+            print(line, flush=True)
+        elif self.interactive:
+            print(line, end="", flush=True)
+
+
+def run_record(cfg):
+    """What a run needs to know about itself later."""
+    import deepspeed
+    import transformers
+
+    modules = (torch, deepspeed, transformers, np)
+    return {
+        "script": Path(sys.argv[0]).name,
+        "config": dataclasses.asdict(cfg),
+        "world": dist.get_world_size(),
+        "versions": {m.__name__: m.__version__ for m in modules},
+        "git": git_commit(),
+    }
