@@ -1,118 +1,298 @@
-"""How fast is it here, next to what, and how far from what the machine can do? Random weights of real shapes; nothing is downloaded.
+"""How fast is it here, compared to what, and how far from what this machine can do?
 
-    python bench.py generate                                   # engine and transformers.generate, at fixed and at ragged lengths
+Models have random weights of real shapes (SHAPES), so nothing is downloaded.
+
+    python bench.py generate            # the engine and transformers.generate, fixed and ragged
+    python bench.py train               # optimizer steps of the three scripts
+    python bench.py ppo                 # PPO iterations by phase, ours and with transformers
+    python bench.py kernels             # each kernel against PyTorch and against its ceiling
+    python bench.py memory              # the output layer in training, with and without all logits
+    python bench.py fit                 # the largest actor that trains here
+    python bench.py scale               # on paper: a PPO step on many GPUs
+    python bench.py nano-vllm           # requests of given lengths, as in nano-vllm's benchmark
+    python bench.py job verl            # one of JOBS, workloads that others have published
+    python bench.py tables              # writes OUT/README.md from the JSON files in OUT
+
     python bench.py generate --model opt-1.3b --batch 1,32,128 --prompt-len 256 --new-tokens 256
-    python bench.py train --model opt-1.3b --batch 16 --micro-batch 8 --prompt-len 256 --new-tokens 256
-    python bench.py ppo                                        # whole iterations of ppo.py, by phase, ours and with transformers' generation
-    python bench.py ppo --model opt-1.3b --critic opt-350m --batch 128 --micro-batch 16 --prompt-len 256 --new-tokens 256 --ragged 0
-    python bench.py kernels                                    # each against its ceiling, and against PyTorch
-    python bench.py memory                                     # a training step with 128k words, with and without (B, T, V) logits
-    python bench.py fit --prompt-len 256 --new-tokens 256      # the largest actor that trains here
-    python bench.py scale --model opt-13b --world 8..1024      # on paper: a step on many GPUs, from what was measured on one
+    python bench.py ppo --model opt-1.3b --critic opt-350m --batch 128 --micro-batch 16 \\
+        --prompt-len 256 --new-tokens 256 --ragged 0
 
-Both sides of a comparison run in one process, turn by turn (of ppo: some iterations of each, twice); a row is the median of --repeats turns.
-Ceilings (copying, matrix products) are measured in the same run. Everything is also written to OUT/DEVICE-TASK.json, or OUT/DEVICE-TASK-MODEL.json, with versions and commit.
+Both sides of a comparison run in one process and alternate, so that a machine whose speed changes
+slows both. A number is the median of --repeats measurements. The ceilings (copying, matrix
+products) are measured in the same run. Every row is written to OUT/DEVICE-TASK.json as soon as it
+is measured.
+
+Dimension key:  B rows, P prompt, A answer, T = P + A, E width, H query heads, K key/value heads,
+                D head size, M width of the MLP, V vocabulary size, L layers.
 """
 import contextlib
 import dataclasses
 import gc
-import io
 import json
 import math
+import multiprocessing
+import os
 import platform
+import random
+import resource
+import shlex
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
 
 import kernels
 import models
+import ppo
+import reward
+import tables
 import training
 import utils
-from hybrid_engine import HybridEngine
+from hybrid_engine import HybridEngine, Rollout, make_engine
+from tables import PHASES, show
 
-# name: family, layers, width, heads, key/value heads, width of the MLP, vocabulary
+# -----------------------------------------------------------------------------
+# shapes of models
+
+
+class Shape(NamedTuple):
+    family: str     # model_type of transformers
+    L: int
+    E: int
+    H: int
+    K: int
+    D: int
+    M: int
+    V: int
+    tied: bool      # the output layer is the embedding
+
+
 SHAPES = {
-    "opt-4x256": ("opt", 4, 256, 4, 4, 1024, 8192), "llama-4x256": ("llama", 4, 256, 4, 2, 688, 8192),
-    "opt-125m": ("opt", 12, 768, 12, 12, 3072, 50272), "opt-350m": ("opt", 24, 1024, 16, 16, 4096, 50272),
-    "opt-1.3b": ("opt", 24, 2048, 32, 32, 8192, 50272), "opt-2.7b": ("opt", 32, 2560, 32, 32, 10240, 50272),
-    "opt-6.7b": ("opt", 32, 4096, 32, 32, 16384, 50272), "opt-13b": ("opt", 40, 5120, 40, 40, 20480, 50272),
-    "opt-30b": ("opt", 48, 7168, 56, 56, 28672, 50272), "opt-66b": ("opt", 64, 9216, 72, 72, 36864, 50272),
-    "llama-1b": ("llama", 16, 2048, 32, 8, 8192, 128256), "llama-8b": ("llama", 32, 4096, 32, 8, 14336, 128256),
-    "llama-70b": ("llama", 80, 8192, 64, 8, 28672, 128256), "qwen3-8b": ("qwen3", 36, 4096, 32, 8, 12288, 151936),
+    #                       family    L     E   H   K    D      M       V  tied
+    "opt-4x256":      Shape("opt",    4,  256,  4,  4,  64,  1024,   8192, True),
+    "llama-4x256":    Shape("llama",  4,  256,  4,  2,  64,   688,   8192, False),
+    "opt-125m":       Shape("opt",   12,  768, 12, 12,  64,  3072,  50272, True),
+    "opt-350m":       Shape("opt",   24, 1024, 16, 16,  64,  4096,  50272, True),
+    "opt-1.3b":       Shape("opt",   24, 2048, 32, 32,  64,  8192,  50272, True),
+    "opt-2.7b":       Shape("opt",   32, 2560, 32, 32,  80, 10240,  50272, True),
+    "opt-6.7b":       Shape("opt",   32, 4096, 32, 32, 128, 16384,  50272, True),
+    "opt-13b":        Shape("opt",   40, 5120, 40, 40, 128, 20480,  50272, True),
+    "opt-30b":        Shape("opt",   48, 7168, 56, 56, 128, 28672,  50272, True),
+    "opt-66b":        Shape("opt",   64, 9216, 72, 72, 128, 36864,  50272, True),
+    "llama-3.2-1b":   Shape("llama", 16, 2048, 32,  8,  64,  8192, 128256, True),
+    "llama-8b":       Shape("llama", 32, 4096, 32,  8, 128, 14336, 128256, False),
+    "llama-70b":      Shape("llama", 80, 8192, 64,  8, 128, 28672, 128256, False),
+    "qwen2.5-0.5b":   Shape("qwen2", 24,  896, 14,  2,  64,  4864, 151936, True),
+    "qwen3-0.6b":     Shape("qwen3", 28, 1024, 16,  8, 128,  3072, 151936, True),
+    "qwen3-8b":       Shape("qwen3", 36, 4096, 32,  8, 128, 12288, 151936, False),
 }
-PAIRS = 264_292  # of DeepSpeed-Chat's step 3 (its BenckmarkSetting.md); one epoch
+
+
+def layer_params(shape):
+    """Weights of the matrices of one layer."""
+    attention = 2 * shape.E * shape.H * shape.D + 2 * shape.E * shape.K * shape.D
+    mlp = 3 * shape.E * shape.M
+    if shape.family == "opt":  # no gate
+        mlp = 2 * shape.E * shape.M
+    return attention + mlp
+
+
+def kv_bytes(shape, tokens, dtype):
+    """Bytes of the keys and values of so many tokens."""
+    return 2 * shape.L * shape.K * shape.D * tokens * dtype.itemsize
+
+
+def flops(name, tokens, length, head_tokens):
+    """Of one forward over `tokens` tokens in rows of `length`, of which `head_tokens` also go
+    through the output layer: 2 per weight and token, and causal attention."""
+    s = SHAPES[name]
+    layers = 2 * s.L * layer_params(s) * tokens
+    attention = 2 * s.L * s.H * s.D * length * tokens
+    head = 2 * s.E * s.V * head_tokens
+    return layers + attention + head
+
+
+def config_of(name, context=2048):
+    """The transformers config of a shape."""
+    import transformers
+
+    s = SHAPES[name]
+    options = dict(
+        vocab_size=s.V,
+        hidden_size=s.E,
+        num_hidden_layers=s.L,
+        num_attention_heads=s.H,
+        max_position_embeddings=max(context, 2048),
+        tie_word_embeddings=s.tied,
+        num_labels=1,
+    )
+    if s.family == "opt":
+        options |= dict(ffn_dim=s.M, word_embed_proj_dim=s.E, dropout=0.0)
+    else:
+        options |= dict(intermediate_size=s.M, num_key_value_heads=s.K, head_dim=s.D)
+    if name == "opt-350m":
+        options |= dict(word_embed_proj_dim=s.E // 2, do_layer_norm_before=False)
+    return transformers.AutoConfig.for_model(s.family, **options)
+
+
+def build(name, dtype, context=2048, auto_class="AutoModelForCausalLM"):
+    """A transformers model of a shape, with random weights, made on the device."""
+    import transformers
+
+    config = config_of(name, context)
+    with torch.device(device()):
+        return getattr(transformers, auto_class).from_config(config, dtype=dtype).eval()
+
+
+# -----------------------------------------------------------------------------
+# command line
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "opt-4x256,llama-4x256"  # shapes, joined by commas; see SHAPES
-    critic: str = ""                   # shape of critic and reward model; empty: that of the actor
-    batch: str = "32"                  # prompts answered together, or rows of a training step; generate takes several, joined by commas
-    micro_batch: int = 0               # rows that training takes at once; 0: all
-    prompt_len: int = 64               # tokens of a prompt
-    new_tokens: int = 64               # tokens of an answer
-    ragged: int = 8                    # also answers of geometric lengths (mean 32, at most 256), so many times --batch prompts; 0: not
-    lora: str = ""                     # as in ppo.py
-    save_memory: Literal["no", "recompute", "offload", "both"] = "no"  # as in ppo.py
-    world: str = "8..1024"             # scale: numbers of GPUs, joined by commas; 8..1024 doubles from 8 to 1024
-    repeats: int = 7                   # turns of each side; the median is shown
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, fp32 on a CPU
-    out: str = "results"               # folder of the raw numbers
-    seed: int = 1                      # of weights and of sampling
+    # workload
+    model: str = "opt-4x256,llama-4x256"  # shapes in SHAPES, joined by commas
+    critic: str = ""               # shape of critic and reward model; empty: that of the actor
+    batch: str = "32"              # prompts answered together, or rows of a training step;
+    #   generate takes several, joined by commas
+    micro_batch: int = 0           # rows per forward of training; 0: all, in ppo at most 32
+    prompt_len: int = 64           # tokens per prompt
+    new_tokens: int = 64           # tokens per answer
+    ragged: int = 8                # also answers of geometric lengths (mean 32, at most 256), this
+    #   many times --batch prompts; 0: only answers of --new-tokens
+    minibatches: int = 1           # ppo: optimizer steps per iteration
+    scorer: Literal["model", "function"] = "model"  # ppo: a reward model, or a function that
+    #   costs nothing
+    only: str = ""                 # train: only these steps, of sft, reward, actor, critic
+    lora: str = ""                 # as in ppo.py
+    gradient_checkpointing: bool = False  # as in ppo.py
+    offload: bool = False          # as in ppo.py
+    world: str = "8..1024"         # scale: numbers of GPUs; 8..64 is 8,16,32,64
+    # measurement
+    compare: bool = True           # generate and ppo: measure transformers too
+    group: int = 0                 # rows that transformers generates at a time; 0: all that fit
+    repeats: int = 7               # measurements of each side; the median counts
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, else fp32
+    out: str = "results"           # folder of the JSON files
+    seed: int = 1                  # of weights and of sampling
 
     def __post_init__(self):
-        for name in filter(None, (*self.model.split(","), self.critic)):
-            if name not in SHAPES:
-                raise utils.UserError(f"--model {name}: no such shape; there are {', '.join(SHAPES)}")
-        for flag, text in (("batch", self.batch), ("world", self.world)):
-            if not numbers(text):
-                raise utils.UserError(f"--{flag} {text}: needs numbers above 0, joined by commas, such as 8,64, or 8..64 for 8,16,32,64")
+        utils.require_at_least(self, 1, "prompt_len", "new_tokens", "minibatches", "repeats")
+        utils.require_at_least(self, 0, "micro_batch", "ragged", "group")
+        check_shapes("--model", self.shapes)
+        if self.critic:
+            check_shapes("--critic", [self.critic])
+        parse_numbers("--batch", self.batch)
+        parse_numbers("--world", self.world)
+        for step in self.steps:
+            if step not in STEPS:
+                raise utils.UserError(f"--only {self.only}: {step!r} is none of {', '.join(STEPS)}")
+
+    @property
+    def shapes(self):
+        return self.model.split(",")
 
     @property
     def batches(self):
-        return numbers(self.batch)
+        return parse_numbers("--batch", self.batch)
+
+    @property
+    def steps(self):
+        return self.only.split(",") if self.only else list(STEPS)
+
+    @property
+    def torch_dtype(self):
+        return utils.dtype_of(self.dtype)
 
 
-def numbers(text):
-    """'1,8..32' to [1, 8, 16, 32]; [] where it is not understood."""
-    out = []
+def check_shapes(flag, names):
+    for name in names:
+        if name not in SHAPES:
+            message = f"{flag} {name}: there is no such shape; there are {', '.join(SHAPES)}"
+            raise utils.UserError(message)
+
+
+def parse_numbers(flag, text):
+    """'1,8..32' to [1, 8, 16, 32]."""
+    numbers = []
     for part in text.split(","):
         low, _, high = part.partition("..")
-        if not low.isdigit() or not int(low) or high and not high.isdigit():
-            return []
-        n = int(low)
-        while n <= int(high or low):
-            out, n = [*out, n], 2 * n
-    return out
+        try:
+            number = int(low)
+            last = int(high or low)
+        except ValueError:
+            number = last = 0
+        if number < 1:
+            message = (
+                f"{flag} {text}: needs numbers above 0, joined by commas, such as 8,64, or 8..64 "
+                "for 8,16,32,64"
+            )
+            raise utils.UserError(message)
+        while number <= last:
+            numbers.append(number)
+            number *= 2
+    return numbers
 
 
-def build(name, dtype, context=2048, auto="AutoModelForCausalLM"):
-    """A model of a shape, with random weights, made on the device."""
-    import transformers
-    family, L, E, H, K, M, V = SHAPES[name]
-    common = dict(vocab_size=V, hidden_size=E, num_hidden_layers=L, num_attention_heads=H, max_position_embeddings=max(context, 2048), num_labels=1)
-    if family == "opt":
-        post = name == "opt-350m"
-        config = transformers.OPTConfig(**common, ffn_dim=M, word_embed_proj_dim=E // 2 if post else E, do_layer_norm_before=not post, dropout=0.0)
-    else:
-        config = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[family](**common, num_key_value_heads=K, intermediate_size=M, head_dim=E // H)
-    with torch.device(device()):
-        return getattr(transformers, auto).from_config(config, dtype=dtype).eval()
+class Job(NamedTuple):
+    """A workload that others have published numbers for. Flags after its name override its own:
+    `bench.py job nano-vllm --model llama-3.2-1b`, or --compare for transformers beside it."""
+    command: str
+    published: str
 
 
-def flops(name, tokens, length, heads):
-    """Of a forward of `tokens` in rows of `length`, `heads` of which also go through the output layer: 2 a weight and token, and causal attention."""
-    _, L, E, H, K, M, V = SHAPES[name]
-    layer = 2 * E * E + 2 * E * E * K // H + (2 if name.startswith("opt") else 3) * E * M
-    return 2 * L * layer * tokens + 2 * L * E * length * tokens + 2 * E * V * heads
+OPT_256 = "--prompt-len 256 --new-tokens 256 --ragged 0 --repeats 2 --no-compare"
+DEEPSPEED_CHAT = f"ppo --critic opt-350m --batch 128 {OPT_256}"
+JOBS = {
+    "decode-opt-1.3b": Job(
+        f"generate --model opt-1.3b --batch 1,32,128 {OPT_256}",
+        "DeepSpeed's hybrid engine on an H100, 256 + 128 tokens: 200 tokens/s at batch 1, 5,956 "
+        "at batch 32 (DeepSpeed, pull request 8271)",
+    ),
+    "decode-opt-6.7b": Job(
+        f"generate --model opt-6.7b --batch 1,128 {OPT_256}",
+        "",
+    ),
+    "nano-vllm": Job(
+        "nano-vllm --model qwen3-0.6b --batch 256 --prompt-len 1024 --new-tokens 1024 --repeats 2",
+        "on an A800, vLLM 0.10.2 and nano-vllm with Triton: qwen3-0.6b 8,588 and 10,009 tokens/s, "
+        "llama-3.2-1b 12,627 and 15,068, qwen2.5-0.5b 17,711 and 24,121",
+    ),
+    "deepspeed-chat-1.3b": Job(
+        f"{DEEPSPEED_CHAT} --model opt-1.3b --micro-batch 16",
+        "DeepSpeed-Chat on an A100-80G: 6.27 pairs/s",
+    ),
+    "deepspeed-chat-6.7b": Job(
+        f"{DEEPSPEED_CHAT} --model opt-6.7b --lora 128 --micro-batch 16",
+        "DeepSpeed-Chat on an A100-80G: 1.80 pairs/s",
+    ),
+    "deepspeed-chat-13b": Job(
+        f"{DEEPSPEED_CHAT} --model opt-13b --lora 128 --micro-batch 8",
+        "DeepSpeed-Chat on an A100-80G: 0.62 pairs/s",
+    ),
+    "verl": Job(  # PPO on GSM8K with its mean lengths; a rule is the reward
+        "ppo --model qwen2.5-0.5b --scorer function --batch 256 --minibatches 4 --micro-batch 32 "
+        "--prompt-len 104 --new-tokens 276 --ragged 0 --repeats 2 --no-compare",
+        "verl on a GPU of the 80 GB class: 3.87 pairs/s",
+    ),
+    "sft-0.6b": Job(
+        "train --model qwen3-0.6b --only sft --batch 2 --micro-batch 1 --prompt-len 1 "
+        "--new-tokens 8191 --gradient-checkpointing --repeats 3",
+        "prime-rl on an H100, rows of 8,192 tokens, recomputing activations: 26,005 tokens/s",
+    ),
+}
+
+
+# -----------------------------------------------------------------------------
+# measuring
 
 
 def device():
@@ -120,459 +300,1374 @@ def device():
 
 
 def device_name():
-    return torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else f"cpu-{torch.get_num_threads()}-threads"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().replace(" ", "-")
+    return f"cpu-{torch.get_num_threads()}-threads"
 
 
-def fresh():
-    """Gives back what is no longer used (DeepSpeed's engines hold cycles), and begins to record the most memory anew."""
+def processor_name():
+    """Of the CPU: times on two of them cannot be compared."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def available_bytes():
+    """Memory that could be allocated now."""
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def total_bytes():
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().total
+    _, total = torch.cuda.mem_get_info()
+    return total
+
+
+def free_unused_memory():
+    """Frees what is no longer used (DeepSpeed's engines hold cycles), and starts a new peak."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-def seconds(f, at_least=0.2):
-    """Median time of a call. On a CPU of 5 groups of calls that take at_least seconds together; on a GPU of 20, each as a graph, as the engine runs it,
-    after something else has filled the cache."""
-    f(), f()
+CALLS_PER_GRAPH = 10
+
+
+def seconds_per_call(calls):
+    """Median time of one call. calls: functions that do the same work, each on buffers of its own.
+
+    On a CPU the first one is called again and again, and finds its data in the cache. On a GPU one
+    CUDA graph holds ten calls, so that launching it hardly counts. They cycle through the
+    functions, and the L2 cache holds other data when the graph starts.
+    """
     if torch.cuda.is_available():
-        graph, cache, events = torch.cuda.CUDAGraph(), torch.empty(2**28, dtype=torch.uint8, device="cuda"), []
-        with torch.cuda.graph(graph):
-            f()
-        for _ in range(20):
-            cache.zero_()
-            events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-            events[-1][0].record(), graph.replay(), events[-1][1].record()
-        torch.cuda.synchronize()
-        return statistics.median(a.elapsed_time(b) for a, b in events) / 1e3
+        return seconds_on_gpu(calls)
+    call = calls[0]
+    for _ in range(2):
+        call()
     clock = utils.Clock()
-    f()
-    n = max(1, int(at_least / 5 / max(clock.lap(), 1e-7)))
+    call()
+    repeats = max(1, int(0.04 / max(clock.lap(), 1e-7)))
     groups = []
     for _ in range(5):
-        for _ in range(n):
-            f()
-        groups.append(clock.lap() / n)
+        for _ in range(repeats):
+            call()
+        groups.append(clock.lap() / repeats)
     return statistics.median(groups)
 
 
-def ceilings(dtype):
-    """What this device does at best: bytes/s of copying (read and written), FLOP/s of a matrix product."""
-    cuda = torch.cuda.is_available()
-    x = torch.zeros((2**31 if cuda else 2**28) // 4, device=device())
+def seconds_on_gpu(calls):
+    for call in calls:
+        for _ in range(2):  # kernels compile
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        for i in range(CALLS_PER_GRAPH):
+            calls[i % len(calls)]()
+    other_data = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    events = []
+    for _ in range(20):
+        other_data.zero_()
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    milliseconds = [start.elapsed_time(end) for start, end in events]
+    return statistics.median(milliseconds) / 1e3 / CALLS_PER_GRAPH
+
+
+def measure_ceilings(dtype):
+    """What this device does at best: bytes/s of copying (read and written), and FLOP/s of a matrix
+    product."""
+    size, numbers = 1024, 2**26
+    if torch.cuda.is_available():
+        size, numbers = 8192, 2**29
+    x = torch.zeros(numbers, device=device())
     y = torch.empty_like(x)
-    n = 8192 if cuda else 1024
-    a, b = torch.randn(n, n, device=device(), dtype=dtype), torch.randn(n, n, device=device(), dtype=dtype)
-    product = torch.mm if cuda else kernels.linear
-    out = {"bytes_per_s": 2 * x.numel() * 4 / seconds(lambda: y.copy_(x)), "flop_per_s": 2 * n**3 / seconds(lambda: product(a, b))}
-    print(f"ceilings, measured: copying {out['bytes_per_s'] / 1e9:,.0f} GB/s, matrix products {out['flop_per_s'] / 1e12:,.2f} TFLOP/s")
-    return out
+    a = torch.randn(size, size, device=device(), dtype=dtype)
+    b = torch.randn(size, size, device=device(), dtype=dtype)
+
+    def copy():
+        y.copy_(x)
+
+    def product():
+        kernels.linear(a, b)
+
+    bytes_per_s = 2 * x.nbytes / seconds_per_call([copy])
+    flop_per_s = 2 * size**3 / seconds_per_call([product])
+    print(
+        f"ceilings, measured: copying {bytes_per_s / 1e9:,.0f} GB/s, "
+        f"matrix products {flop_per_s / 1e12:,.2f} TFLOP/s"
+    )
+    return {"bytes_per_s": bytes_per_s, "flop_per_s": flop_per_s}
 
 
-def turns(repeats, **sides):
-    """Runs the sides turn by turn, once to warm up; {side: [(seconds, result) of each turn]}."""
-    out = {name: [] for name in sides}
-    for turn in range(repeats + 1):
-        for name, side in sides.items():
-            clock = utils.Clock()
-            result = side(turn)
-            if turn:
-                out[name].append((clock.lap(), result))
-    return out
+def alternate(repeats, sides, before=None):
+    """Calls all sides `repeats` times, one after the other, and once more at first to warm up.
+
+    sides: {name: function of the number of the repeat}. before() is called before each call,
+    outside the clock. Returns {name: [(seconds, result) of each repeat]}. A side that runs out of
+    GPU memory is not called again, and the others go on.
+    """
+    measured = {name: [] for name in sides}
+    remaining = dict(sides)
+    for repeat in range(repeats + 1):
+        for name, side in list(remaining.items()):
+            if before:
+                before()
+            timed = time_call(side, repeat)
+            if timed is None:
+                print(f"{name}: out of memory")
+                del remaining[name]
+                free_unused_memory()
+            elif repeat > 0:
+                measured[name].append(timed)
+    return measured
+
+
+def time_call(side, repeat):
+    """(seconds, result), or None where the GPU's memory is too small."""
+    clock = utils.Clock()
+    try:
+        result = side(repeat)
+    except torch.OutOfMemoryError:
+        return None
+    return clock.lap(), result
+
+
+def median(values):
+    """None where nothing was measured."""
+    values = list(values)
+    return statistics.median(values) if values else None
+
+
+def ratio(a, b):
+    """a / b, or None where one of them was not measured."""
+    if a is None or b is None:
+        return None
+    return a / b
+
+
+def file_name(cfg, task, job):
+    """DEVICE-TASK or DEVICE-job-JOB, with the shapes where these are not the usual ones."""
+    if task == "scale":  # the same on every device
+        return task
+    name = f"{device_name()}-{task}"
+    usual = Config
+    if job:
+        name = f"{device_name()}-job-{job}"
+        usual = utils.parse_args(Config, JOBS[job].command.split()[1:])
+    if cfg.model != usual.model:
+        name += "-" + cfg.model.replace(",", "+")
+    if cfg.lora != usual.lora:
+        name += f"-lora-{cfg.lora}"
+    return name
+
+
+class Record:
+    """The JSON file of one run. It is written again after every row, so that a run that ends early
+    loses nothing."""
+
+    def __init__(self, cfg, task, job, command, ceilings):
+        import transformers
+
+        self.path = Path(cfg.out) / f"{file_name(cfg, task, job)}.json"
+        self.content = {
+            "task": task,
+            "job": job,
+            "published": JOBS[job].published if job else "",
+            "command": command,
+            "edition": 2,
+            "config": dataclasses.asdict(cfg),
+            "device": device_name(),
+            "processor": processor_name(),
+            "threads": torch.get_num_threads(),
+            "memory_gib": round(total_bytes() / 2**30, 1),
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "commit": utils.git_commit(),
+            "time": time.strftime("%Y-%m-%d %H:%M"),
+            "ceilings": ceilings,
+            "rows": [],
+        }
+
+    def add(self, row):
+        self.content["rows"].append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        utils.atomic_write(self.path, json.dumps(self.content, indent=1))
 
 
 # -----------------------------------------------------------------------------
 # generation
 
 
-def transformers_generate(lm, prompts, new_tokens, eos):
-    """Tokens sampled by transformers.generate; nothing else is asked of it. prompts: lists of one length."""
-    ids = torch.tensor(prompts, device=device())
-    out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=True, top_k=0, eos_token_id=eos, pad_token_id=0)
-    answers = out[:, ids.size(1) :]
-    ended = torch.isin(answers, torch.tensor(eos or [-1], device=device())).int()
-    return int(torch.where(ended.any(1), ended.argmax(1) + 1, answers.size(1)).sum())
+MAX_RAGGED = 256  # tokens of the longest ragged answer
 
 
-def generate(cfg, peak):
-    """Sampling at temperature 1: fixed lengths (no EOS), and answers that end at geometric lengths (mean 32, at most 256)."""
-    rows = []
-    for name in cfg.model.split(","):
-        lm = engine = None
-        fresh()
-        lm = build(name, utils.precision(cfg.dtype), cfg.prompt_len + max(cfg.new_tokens, 256))
-        V, g = lm.config.vocab_size, torch.Generator().manual_seed(cfg.seed)
+class Case(NamedTuple):
+    name: str           # "fixed": no EOS; "ragged": answers end at geometric lengths
+    prompts: int
+    new_tokens: int     # longest answer
+
+
+def cases(cfg, batches):
+    out = [Case("fixed", batch, cfg.new_tokens) for batch in batches]
+    if cfg.ragged:
+        out += [Case("ragged", cfg.ragged * batch, MAX_RAGGED) for batch in batches]
+    return out
+
+
+def eos_ids(case, V):
+    """Random weights sample nearly uniformly: with a 32nd of the vocabulary as EOS, lengths are
+    geometric with mean 32."""
+    if case.name == "fixed":
+        return None
+    return list(range(V // 32))
+
+
+def random_prompts(n, length, V, generator):
+    """n prompts without the ids that may be EOS, as lists."""
+    return torch.randint(V // 32, V, (n, length), generator=generator).tolist()
+
+
+def rows_that_fit(rows, row_bytes, limit):
+    """How many rows transformers generates at a time: `limit`, or as many as fit. Its cache grows
+    by concatenation, so that much of the memory is in use twice or lost between blocks."""
+    if not limit:
+        limit = max(1, int(0.4 * available_bytes() / row_bytes))
+    return min(rows, limit)
+
+
+def transformers_generate(lm, prompts, new_tokens, eos, group):
+    """Samples with transformers.generate, `group` prompts (all of one length) at a time. Returns
+    the number of sampled tokens, up to and with each answer's EOS."""
+    total = 0
+    for start in range(0, len(prompts), group):
+        ids = torch.tensor(prompts[start : start + group], device=device())         # (b, P)
+        out = lm.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            top_k=0,
+            eos_token_id=eos,
+            pad_token_id=0,
+        )
+        answers = out[:, ids.size(1) :]                                             # (b, A)
+        is_eos = torch.isin(answers, torch.tensor(eos or [-1], device=device()))
+        first_eos = is_eos.int().argmax(1)                                          # (b,)
+        lengths = torch.where(is_eos.any(1), first_eos + 1, answers.size(1))
+        total += int(lengths.sum())
+    return total
+
+
+def generate(cfg, ceilings):
+    """Sampling at temperature 1 by the engine and by transformers.generate."""
+    for name in cfg.shapes:
+        free_unused_memory()
+        lm = build(name, cfg.torch_dtype, cfg.prompt_len + max(cfg.new_tokens, MAX_RAGGED))
         engine = HybridEngine(lm)
+        generator = torch.Generator().manual_seed(cfg.seed)
+        for case in cases(cfg, cfg.batches):
+            prompts = random_prompts(case.prompts, cfg.prompt_len, SHAPES[name].V, generator)
+            row = {
+                "model": name,
+                "case": case.name,
+                "prompts": case.prompts,
+                "prompt_len": cfg.prompt_len,
+                "new_tokens": case.new_tokens,
+            }
+            row |= time_generation(cfg, name, lm, engine, case, prompts, ceilings)
+            print(
+                f"{name:<13}{case.name:<7}{case.prompts:>5} x {cfg.prompt_len}+{case.new_tokens:<5}"
+                f"engine {show(row['tokens_per_s'], ',.0f'):>8} tokens/s, "
+                f"{show(row['ms_per_step'], '.2f')} ms per step, "
+                f"{show(row['floor_share'], '.0%')} of the bandwidth floor, "
+                f"transformers {show(row['transformers_tokens_per_s'], ',.0f')} tokens/s, "
+                f"ratio {show(row['ratio'], '.2f')}",
+                flush=True,
+            )
+            yield row
+        del lm, engine  # before the next model is made
 
-        def ours(turn):
-            out = engine.generate(prompts, new, eos_token_id=eos, seed=turn)
-            return int(out.answer_lens.sum()), dict(engine.stats)
-        for case, n, new in [("fixed", b, cfg.new_tokens) for b in cfg.batches] + [("ragged", cfg.ragged * b, 256) for b in cfg.batches if cfg.ragged]:
-            # Random weights sample nearly uniformly: with a 32nd of the vocabulary as EOS, lengths are geometric with mean 32.
-            eos = list(range(V // 32)) if case == "ragged" else None
-            prompts = torch.randint(V // 32, V, (n, cfg.prompt_len), generator=g).tolist()
-            both = turns(cfg.repeats, ours=ours, theirs=lambda t: (transformers_generate(lm, prompts, new, eos), None))
-            speed = {side: [tokens / s for s, (tokens, _) in runs] for side, runs in both.items()}
-            stats = [s for _, (_, s) in both["ours"]]
-            rows.append(r := {"model": name, "case": case, "prompts": n, "prompt_len": cfg.prompt_len, "new_tokens": new,
-                              "mean_length": statistics.mean(tokens / n for _, (tokens, _) in both["ours"]),
-                              "tokens_per_s": statistics.median(speed["ours"]), "transformers_tokens_per_s": statistics.median(speed["theirs"]),
-                              "ratio": statistics.median(a / b for a, b in zip(speed["ours"], speed["theirs"])),
-                              "ms_a_step": statistics.median(1e3 * s["decode_s"] / max(1, s["decode_steps"]) for s in stats),
-                              "floor_share": statistics.median(s["gb_per_s"] * 1e9 / peak["bytes_per_s"] for s in stats), "runs": speed})
-            print(f"{name:<12}{case:<7}{n:>5} x {cfg.prompt_len}+{new:<4} engine {r['tokens_per_s']:>8,.0f} tokens/s, {r['ms_a_step']:6.2f} ms a step, {r['floor_share']:4.0%} of the "
-                  f"bandwidth floor   transformers.generate {r['transformers_tokens_per_s']:>7,.0f}   ratio {r['ratio']:.2f}", flush=True)
-    return rows
+
+def time_generation(cfg, name, lm, engine, case, prompts, ceilings):
+    eos = eos_ids(case, SHAPES[name].V)
+    row_bytes = kv_bytes(SHAPES[name], cfg.prompt_len + case.new_tokens, cfg.torch_dtype)
+    engine.release()
+    group = rows_that_fit(case.prompts, row_bytes, cfg.group)
+    before = None
+    if 2 * case.prompts * row_bytes > 0.8 * available_bytes():
+        before = engine.release  # the caches of both sides do not fit beside each other
+
+    def ours(repeat):
+        out = engine.generate(prompts, case.new_tokens, eos_token_id=eos, seed=repeat)
+        return int(out.answer_lens.sum()), dict(engine.stats)
+
+    def theirs(repeat):
+        return transformers_generate(lm, prompts, case.new_tokens, eos, group), None
+
+    sides = {"ours": ours}
+    if cfg.compare:
+        sides["theirs"] = theirs
+    measured = alternate(cfg.repeats, sides, before)
+    return generation_numbers(measured, case.prompts, ceilings) | {"transformers_group": group}
+
+
+def generation_numbers(measured, n_prompts, ceilings):
+    """What a row says of the repeats of both sides."""
+    runs = {"ours": [], "theirs": []}  # tokens/s of each repeat
+    for side, repeats in measured.items():
+        for seconds, (tokens, _) in repeats:
+            runs[side].append(tokens / seconds)
+    lengths, ms_per_step, floor_share = [], [], []
+    for _, (tokens, stats) in measured["ours"]:
+        lengths.append(tokens / n_prompts)
+        ms_per_step.append(1e3 * stats["decode_s"] / max(1, stats["decode_steps"]))
+        floor_share.append(stats["gb_per_s"] * 1e9 / ceilings["bytes_per_s"])
+    return {
+        "mean_length": statistics.mean(lengths) if lengths else None,
+        "tokens_per_s": median(runs["ours"]),
+        "transformers_tokens_per_s": median(runs["theirs"]),
+        "ratio": median(a / b for a, b in zip(runs["ours"], runs["theirs"])),
+        "ms_per_step": median(ms_per_step),
+        "floor_share": median(floor_share),
+        "runs": runs,
+    }
+
+
+# -----------------------------------------------------------------------------
+# nano-vllm's benchmark
+
+
+def nano_vllm_requests(n, max_prompt_len, max_new_tokens, V):
+    """The requests of nano-vllm's bench.py, which draws them from Python's generator with seed 0:
+    256 prompts of 100 to 1,024 tokens, then answers of 100 to 1,024 tokens. Returns the prompts and
+    the lengths of the answers."""
+    rng = random.Random(0)
+    prompts = []
+    for _ in range(n):
+        length = rng.randint(100, max_prompt_len)
+        prompts.append([rng.randint(0, 10_000) % V for _ in range(length)])
+    answer_lens = [rng.randint(100, max_new_tokens) for _ in range(n)]
+    return prompts, answer_lens
+
+
+class ExactLengths(HybridEngine):
+    """A HybridEngine whose answers have given lengths, one per prompt, 2 at least: once rows are
+    admitted, max_lengths says where each of them must end."""
+
+    def generate_lengths(self, prompts, answer_lens, temperature, seed):
+        self.answer_lens = np.array(answer_lens)
+        return self.generate(prompts, max(answer_lens), temperature, seed=seed)
+
+    def admit(self):
+        super().admit()
+        rows = list(self.running.values())
+        slots = list(self.running)
+        max_lengths = self.requests.lengths[rows] + self.answer_lens[rows]
+        cache = self.cache.max_lengths
+        cache[slots] = torch.tensor(max_lengths, device=cache.device)
+
+
+def nano_vllm(cfg, ceilings):
+    """Answers of given lengths to prompts of given lengths, EOS ignored, at temperature 0.6. The
+    speed is that of the answers' tokens over the whole time, prefill included."""
+    for name in cfg.shapes:
+        free_unused_memory()
+        lm = build(name, cfg.torch_dtype, cfg.prompt_len + cfg.new_tokens)
+        engine = ExactLengths(lm)
+        for batch in cfg.batches:
+            row = time_requests(cfg, name, engine, batch, ceilings)
+            print(
+                f"{name:<13}{batch} prompts of {row['prompt_tokens']:,} tokens, "
+                f"{row['answer_tokens']:,} sampled: {show(row['tokens_per_s'], ',.0f')} tokens/s, "
+                f"{show(row['floor_share'], '.0%')} of the bandwidth floor in decode",
+                flush=True,
+            )
+            yield row
+        del lm, engine  # before the next model is made
+
+
+def time_requests(cfg, name, engine, batch, ceilings):
+    V = SHAPES[name].V
+    prompts, answer_lens = nano_vllm_requests(batch, cfg.prompt_len, cfg.new_tokens, V)
+
+    def ours(repeat):
+        out = engine.generate_lengths(prompts, answer_lens, 0.6, seed=repeat)
+        assert out.answer_lens.tolist() == answer_lens, "an answer has another length"
+        return sum(answer_lens), dict(engine.stats)
+
+    row = {
+        "model": name,
+        "prompts": batch,
+        "prompt_tokens": sum(map(len, prompts)),
+        "answer_tokens": sum(answer_lens),
+    }
+    measured = alternate(cfg.repeats, {"ours": ours})
+    return row | generation_numbers(measured, batch, ceilings)
 
 
 # -----------------------------------------------------------------------------
 # training
 
 
-def train(cfg, peak):
-    """Optimizer steps of the three scripts' kinds on full rows: tokens/s, and the share of the matrix-product ceiling that the model's own FLOPs are (MFU)."""
-    import ppo as script
-    import reward
-    utils.boot(cfg.seed)
-    rows = []
-    for name in cfg.model.split(","):
-        B, P, A = cfg.batches[0], cfg.prompt_len, cfg.new_tokens
-        T, V = P + A, SHAPES[name][-1]
-        micro, accumulate = utils.micro_batches(B, cfg.micro_batch, 1)
-        g = torch.Generator().manual_seed(cfg.seed)
-        tokens = torch.randint(V, (B, T), generator=g).to(device())
-        lens = [torch.full((micro,), n, device=device()) for n in (P, A)]
-        parts = tokens.split(micro)
+def ppo_config(cfg, **more):
+    """The Config of ppo.py that holds what both have in common."""
+    return ppo.Config(
+        lora=cfg.lora,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        offload=cfg.offload,
+        dtype=cfg.dtype,
+        seed=cfg.seed,
+        **more,
+    )
 
-        def engine_of(module, lr=1e-6):
-            options = script.Config(lora=cfg.lora, save_memory=cfg.save_memory, dtype=cfg.dtype)
-            return training.train_engine(module, lr, micro, accumulate, options)
 
-        def language(engine, loss):
-            for part in parts:
-                logprobs, _ = engine(part, lens[0][: len(part)], lens[1][: len(part)])
-                engine.backward(loss(logprobs))
-                training.step(engine)
+def random_policy(cfg, name, context):
+    lm = build(name, cfg.torch_dtype, context)
+    return models.Policy(models.add_lora(lm, cfg.lora))
 
-        def scores(engine, loss):
-            for part in parts:
-                engine.backward(loss(engine(part)))
-                training.step(engine)
-        lm = lambda: models.Policy(models.add_lora(build(name, utils.precision(cfg.dtype), T), cfg.lora))  # noqa: E731
-        rm = lambda: reward.RewardModel(models.add_lora(build(name, utils.precision(cfg.dtype), T, "AutoModelForSequenceClassification"), cfg.lora))  # noqa: E731
-        old, mask = torch.full((micro, A), -math.log(V), device=device()), torch.ones(micro, A, dtype=torch.bool, device=device())
-        zeros = torch.zeros(micro, T, device=device())
-        kinds = {"fine-tuning": (lm, language, lambda x: -x.mean(), B * A), "reward model": (rm, scores, lambda v: reward.pairwise_loss(v[::2, -1], v[1::2, -1]), 0),
-                 "PPO, actor": (lm, language, lambda x: script.actor_loss(x, old[: len(x)], zeros[: len(x), :A] + 1, mask[: len(x)], 0.2), B * A),
-                 "PPO, critic": (rm, scores, lambda v: script.critic_loss(v, zeros[: len(v)], zeros[: len(v)], zeros[: len(v)] + 1, 0.2), 0)}
-        for kind, (make, run, loss, heads) in kinds.items():
-            engine = None
-            fresh()
-            engine = engine_of(make())
-            runs = [s for s, _ in turns(cfg.repeats, step=lambda _, engine=engine: run(engine, loss))["step"]]
-            s = statistics.median(runs)
-            work = (2 if cfg.lora else 3) * flops(name, B * T, T, heads)  # frozen weights need no gradient of their own
-            rows.append({"model": name, "step": kind, "batch": B, "length": T, "seconds": s, "tokens_per_s": B * T / s, "mfu": work / s / peak["flop_per_s"],
-                         "memory_gib": utils.memory_gib(), "runs": runs})
-            print(f"{name:<12}{kind:<14}{B:>4} x {T:<5}{s:>8.3f} s  {B * T / s:>10,.0f} tokens/s   MFU {rows[-1]['mfu']:.0%}", flush=True)
-    return rows
+
+def random_reward_model(cfg, name, context, lora=""):
+    model = build(name, cfg.torch_dtype, context, "AutoModelForSequenceClassification")
+    return models.RewardModel(models.add_lora(model, lora))
+
+
+def answer_logprobs(policy, tokens, prompt_len):
+    """tokens (B, T), of which the first prompt_len are prompts. Returns (B, A)."""
+    B, T = tokens.shape
+    prompt_lens = torch.full((B,), prompt_len, device=tokens.device)
+    answer_lens = torch.full((B,), T - prompt_len, device=tokens.device)
+    logprobs, _ = policy(tokens, prompt_lens, answer_lens)
+    return logprobs
+
+
+def sft_loss(policy, tokens, prompt_len):
+    return -answer_logprobs(policy, tokens, prompt_len).mean()
+
+
+def reward_loss(model, tokens, prompt_len):
+    """Every second row is the rejected answer to the prompt of the row before it."""
+    scores = model(tokens)[:, -1]                                                   # (B,)
+    return reward.pairwise_loss(scores[::2], scores[1::2])
+
+
+def actor_loss(policy, tokens, prompt_len):
+    logprobs = answer_logprobs(policy, tokens, prompt_len)                          # (B, A)
+    old_logprobs = logprobs.detach()
+    advantages = torch.ones_like(logprobs)
+    mask = torch.ones_like(logprobs, dtype=torch.bool)
+    return ppo.actor_loss(logprobs, old_logprobs, advantages, mask, ppo.Config.clip)
+
+
+def critic_loss(model, tokens, prompt_len):
+    values = model(tokens)                                                          # (B, T)
+    zeros = torch.zeros_like(values)
+    mask = torch.ones_like(values)
+    return ppo.critic_loss(values, zeros, zeros, mask, ppo.VALUE_CLIP)
+
+
+class Step(NamedTuple):
+    title: str
+    loss: object        # (model, tokens, prompt_len) -> scalar
+    policy: bool        # trains a Policy; otherwise a RewardModel
+
+
+STEPS = {
+    "sft": Step("fine-tuning", sft_loss, policy=True),
+    "reward": Step("reward model", reward_loss, policy=False),
+    "actor": Step("PPO, actor", actor_loss, policy=True),
+    "critic": Step("PPO, critic", critic_loss, policy=False),
+}
+
+
+def train(cfg, ceilings):
+    """Optimizer steps on full rows: tokens/s, and MFU, the model's own FLOPs as a share of the
+    ceiling."""
+    utils.init_distributed(cfg.seed)
+    for name in cfg.shapes:
+        for key in cfg.steps:
+            free_unused_memory()
+            row = {"model": name, "step": STEPS[key].title}
+            row |= {"batch": cfg.batches[0], "length": cfg.prompt_len + cfg.new_tokens}
+            try:
+                row |= train_row(cfg, name, STEPS[key], ceilings)
+            except torch.OutOfMemoryError:
+                row["error"] = "out of memory"
+            print(
+                f"{name:<13}{row['step']:<14}{row['batch']:>4} x {row['length']:<6}"
+                f"{show(row.get('seconds'), '.3f'):>8} s "
+                f"{show(row.get('tokens_per_s'), ',.0f'):>10} tokens/s   "
+                f"MFU {show(row.get('mfu'), '.0%')} {row.get('error', '')}",
+                flush=True,
+            )
+            yield row
+
+
+def train_row(cfg, name, step, ceilings):
+    B, T = cfg.batches[0], cfg.prompt_len + cfg.new_tokens
+    micro_batch, accumulation_steps = utils.micro_batch_size(B, cfg.micro_batch)
+    if step.policy:
+        model = random_policy(cfg, name, T)
+        head_tokens = B * cfg.new_tokens
+    else:
+        model = random_reward_model(cfg, name, T, cfg.lora)
+        head_tokens = 0
+    engine = training.train_engine(model, 1e-6, micro_batch, accumulation_steps, ppo_config(cfg))
+    generator = torch.Generator().manual_seed(cfg.seed)
+    tokens = torch.randint(SHAPES[name].V, (B, T), generator=generator).to(device())
+
+    runs = []
+    clock = utils.Clock()
+    for _ in range(cfg.repeats + 1):
+        for part in tokens.split(micro_batch):
+            engine.backward(step.loss(engine, part, cfg.prompt_len))
+            training.step(engine)
+        runs.append(clock.lap())
+    runs = runs[1:]  # the first step warms up
+    seconds = statistics.median(runs)
+    forwards = 2 if cfg.lora else 3  # frozen weights need no gradient of their own
+    work = forwards * flops(name, B * T, T, head_tokens)
+    return {
+        "seconds": seconds,
+        "tokens_per_s": B * T / seconds,
+        "mfu": work / seconds / ceilings["flop_per_s"],
+        "memory_gib": utils.memory_gib(),
+        "runs": runs,
+    }
+
+
+# -----------------------------------------------------------------------------
+# PPO: the functions of ppo.py, on random models and random prompts
 
 
 @contextlib.contextmanager
-def stand_ins(cfg, name, stop, side):
-    """Within: ppo.py's models are random ones of these shapes, nothing is saved, little is evaluated, and an answer ends where `stop` says (token ids, or None: never).
-    side: hybrid; or hf, where matrix products are PyTorch's own too, so that nothing but the kernel of log-probabilities is ours."""
-    import ppo as script
-    from reward import RewardModel
-    kept = [(o, k, o.__dict__[k]) for o, k in ((models, "load_lm"), (models, "load_tokenizer"), (models, "save_model"), (RewardModel, "from_pretrained"), (script, "make_engine"), (kernels, "ONEDNN"),
-                                                (training, "CHECKPOINTS"), (script, "EVALS"), (script, "EVAL_ROWS"))]
-
-    def engine(*args):
-        e = make(*args)
-        real = e.generate
-        e.generate = lambda prompts, n, t, eos_token_id, seed: real(prompts, n, t, eos_token_id=stop, seed=seed)
-        return e
-    make = script.make_engine
-    context = cfg.prompt_len + max(cfg.new_tokens, 256)
-    models.load_lm = lambda path, dtype: build(name, dtype, context)
-    models.load_tokenizer = lambda path: models.tiny_tokenizer()
-    models.save_model = lambda *args, **kwargs: None
-    RewardModel.from_pretrained = classmethod(lambda cls, path, dtype: cls(build(cfg.critic or name, dtype, context, "AutoModelForSequenceClassification")))
-    script.make_engine = engine
-    training.CHECKPOINTS = script.EVALS = 1  # at the end, which has none
-    script.EVAL_ROWS = 2
-    kernels.ONEDNN = kernels.ONEDNN and side == "hybrid"
+def pytorch_products():
+    """Context manager: on a CPU matrix products are PyTorch's own, and not oneDNN's. The switch is
+    kernels.ONEDNN, which kernels.linear reads at every call."""
+    before = kernels.ONEDNN
+    kernels.ONEDNN = False
     try:
-        yield script
+        yield
     finally:
-        for owner, key, value in kept:
-            setattr(owner, key, value)
+        kernels.ONEDNN = before
 
 
-def iterations(cfg, name, batch, new, stop, engine, count):
-    """Metrics of each iteration of ppo.py but the first, one update each, as in DeepSpeed-Chat's benchmark."""
-    fresh()
-    with tempfile.TemporaryDirectory() as folder, stand_ins(cfg, name, stop, engine) as script:
-        skip = len(models.tiny_tokenizer()("Human: \nAssistant:")["input_ids"])
-        prompts = [{"prompt": f"{i:08d}".ljust(cfg.prompt_len - skip, "x")[: cfg.prompt_len - skip]} for i in range(int(1.3 * batch * count) + 64)]
-        Path(f"{folder}/prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
-        with contextlib.redirect_stdout(io.StringIO()):
-            script.main(script.Config(data=f"{folder}/prompts.jsonl", out=f"{folder}/out", max_len=cfg.prompt_len + new, max_new_tokens=new, batch_size=batch,
-                                      micro_batch=cfg.micro_batch or 32, iterations=count, minibatches=1, ppo_epochs=1, engine=engine, dtype=cfg.dtype, ema=0.0,
-                                      lora=cfg.lora, save_memory=cfg.save_memory, actor_lr=1e-9, critic_lr=1e-9, held_out=0.02))
-        return [json.loads(line) for line in open(f"{folder}/out/metrics.jsonl")][2:]
+class RandomPrompts:
+    """Takes the place of data.Rows."""
+
+    def __init__(self, n, length, V, seed):
+        self.prompts = random_prompts(n, length, V, torch.Generator().manual_seed(seed))
+
+    def prompt(self, i):
+        return self.prompts[i]
+
+    def fields(self, indices):
+        return {}
 
 
-def ppo(cfg, peak):
-    """Iterations of ppo.py itself, as they are and with transformers.generate and PyTorch's own products: seconds of rollout, score and update; pairs/s; FLOP/s as DeepSpeed-Chat counts them, and
-    as a share of the ceiling with everything counted (MFU)."""
-    rows = []
-    for name in cfg.model.split(","):
-        V = SHAPES[name][-1]
-        for case, batch, new in [("fixed", cfg.batches[0], cfg.new_tokens)] + ([("ragged", cfg.ragged * cfg.batches[0], 256)] if cfg.ragged else []):
-            stop = list(range(V // 32)) if case == "ragged" else None
-            runs = {"hybrid": [], "hf": []}
+class Sampler:
+    """A sampler as ppo.rollout wants it, whose answers end at the ids `eos` (None: never), whatever
+    the tokenizer says. row_bytes: where the KV cache of one row takes so many bytes, prompts are
+    answered in groups that fit in memory (or of `group`); None: the sampler sees to that."""
+
+    def __init__(self, sampler, eos, row_bytes=None, group=0):
+        self.sampler = sampler
+        self.eos = eos
+        self.row_bytes = row_bytes
+        self.group = group
+
+    def generate(self, prompts, max_new_tokens, temperature, eos_token_id, seed):
+        group = len(prompts)
+        if self.row_bytes:
+            group = rows_that_fit(len(prompts), self.row_bytes, self.group)
+        parts = []
+        for start in range(0, len(prompts), group):
+            rows = slice(start, start + group)
+            parts.append(
+                self.sampler.generate(
+                    prompts[rows],
+                    max_new_tokens,
+                    temperature,
+                    eos_token_id=self.eos,
+                    seed=seed[rows],
+                )
+            )
+        return join_rollouts(parts)
+
+    def release(self):
+        self.sampler.release()
+
+
+def join_rollouts(parts):
+    """Several Rollouts as one, padded on the right."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = []
+    for name in ("tokens", "prompt_lens", "answer_lens", "logprobs"):
+        xs = [getattr(part, name) for part in parts]
+        if xs[0].dim() > 1:
+            width = max(x.size(1) for x in xs)
+            xs = [F.pad(x, (0, width - x.size(1))) for x in xs]
+        columns.append(torch.cat(xs))
+    return Rollout(*columns)
+
+
+def no_score(prompts, answers, row_fields):
+    """A reward function that costs nothing."""
+    return [0.0 for _ in answers]
+
+
+class PPO:
+    """What ppo.main builds from model folders and data, from random weights and prompts here.
+
+    side: "hybrid"; or "hf", where transformers generates. Learning rates are 1e-9, so that the
+    policy stays as random as it is.
+    """
+
+    def __init__(self, cfg, name, case, side, iterations):
+        self.cfg = ppo_config(
+            cfg,
+            engine=side,
+            max_len=cfg.prompt_len + case.new_tokens,
+            max_new_tokens=case.new_tokens,
+            batch_size=case.prompts,
+            minibatches=cfg.minibatches,
+            micro_batch=cfg.micro_batch or 32,
+            iterations=iterations,
+            actor_lr=1e-9,
+            critic_lr=1e-9,
+            ema=0.0,
+        )
+        critic_name = cfg.critic or name
+        context = cfg.prompt_len + max(case.new_tokens, MAX_RAGGED)
+        shape = SHAPES[name]
+
+        # ---- models ----
+        actor = random_policy(cfg, name, context)
+        self.ref = None
+        if not cfg.lora:
+            ref = models.Policy(build(name, cfg.torch_dtype, context))
+            self.ref = training.frozen_engine(ref, device(), self.cfg)
+        critic = random_reward_model(cfg, critic_name, context)
+        scorer = ppo.Scorer("function", 1.0, function=no_score)
+        if cfg.scorer == "model":
+            reward_model = random_reward_model(cfg, critic_name, context)
+            frozen = training.frozen_engine(reward_model, device(), self.cfg)
+            scorer = ppo.Scorer("model", 1.0, model=frozen)
+        self.scorers = [scorer]
+
+        # ---- engines ----
+        step_rows = case.prompts // cfg.minibatches
+        sizes = utils.micro_batch_size(step_rows, self.cfg.micro_batch)
+        self.micro_batch = sizes[0]
+        self.actor = training.train_engine(actor, 1e-9, *sizes, self.cfg, ppo.ADAM_EPS)
+        self.critic = training.train_engine(critic, 1e-9, *sizes, self.cfg, ppo.ADAM_EPS)
+        if self.ref is None:
+            self.ref = self.actor  # with its adapters off
+        self.ema = training.EMA(self.actor, 0.0)
+        sampler = make_engine(side, self.actor)
+        row_bytes = None
+        if side == "hf":
+            row_bytes = kv_bytes(shape, self.cfg.max_len, cfg.torch_dtype)
+        self.sampler = Sampler(sampler, eos_ids(case, shape.V), row_bytes, cfg.group)
+
+        # ---- data ----
+        self.tokenizer = models.tiny_tokenizer()
+        self.mixture = ppo.Mixture(self.cfg, "", self.tokenizer, self.cfg.max_len, 0)
+        n_prompts = case.prompts * iterations
+        self.prompts = RandomPrompts(n_prompts, cfg.prompt_len, shape.V, cfg.seed)
+
+    def iteration(self, number):
+        """One iteration of ppo.main. Returns its times and the mean length of the answers."""
+        cfg = self.cfg
+        first = (number - 1) * cfg.batch_size
+        indices = np.arange(first, first + cfg.batch_size)
+        seeds = [hash((cfg.seed, number, row)) for row in range(cfg.batch_size)]
+        clock = utils.Clock()
+        batch = ppo.rollout(self.sampler, self.prompts, indices, seeds, cfg, self.tokenizer)
+        rollout_s = clock.lap()
+        ppo.score(
+            batch, self.actor, self.ref, self.critic, self.scorers, cfg, self.micro_batch
+        )
+        score_s = clock.lap()
+        ppo.estimate_advantages(batch, self.scorers, cfg)
+        ppo.update(
+            batch, self.actor, self.critic, self.ema, self.mixture, cfg, self.micro_batch, number
+        )
+        update_s = clock.lap()
+        return {
+            "rollout_s": rollout_s,
+            "score_s": score_s,
+            "update_s": update_s,
+            "seconds": rollout_s + score_s + update_s,
+            "length": batch.mask.sum(1).float().mean().item(),
+            "memory_gib": utils.memory_gib(),
+        }
+
+
+PAIRS = 264_292  # of DeepSpeed-Chat's benchmark of step 3 (its BenckmarkSetting.md), one epoch
+
+
+def ppo_iterations(cfg, name, case, side, count):
+    """Runs `count` iterations and returns what iteration() says of all but the first, which warms
+    up. With PyTorch's own products on the side of transformers, nothing there is ours but the
+    kernel of log-probabilities."""
+    free_unused_memory()
+    products = pytorch_products() if side == "hf" else contextlib.nullcontext()
+    with products:
+        run = PPO(cfg, name, case, side, count)
+        return [run.iteration(number) for number in range(1, count + 1)][1:]
+
+
+def ppo_task(cfg, ceilings):
+    """Whole iterations, by phase. The models of one side at a time are in memory: some iterations
+    of each side, twice."""
+    utils.init_distributed(cfg.seed)
+    for name in cfg.shapes:
+        for case in cases(cfg, cfg.batches[:1]):
+            runs = {"hybrid": []}
+            if cfg.compare:
+                runs["hf"] = []
+            count = 1 + math.ceil(cfg.repeats / 2)
             for _ in range(2):
-                for engine in runs:
-                    runs[engine] += iterations(cfg, name, batch, new, stop, engine, 1 + math.ceil(cfg.repeats / 2))
-            phases = ("rollout_s", "score_s", "update_s")
-            total = {e: [sum(r[k] for k in phases) for r in logs] for e, logs in runs.items()}
-            median = {e: {k: statistics.median(r[k] for r in logs) for k in phases} for e, logs in runs.items()}
-            s, length = statistics.median(total["hybrid"]), statistics.mean(r["length"] for r in runs["hybrid"])
-            T, critic = cfg.prompt_len + length, cfg.critic or name
-            one, other = (flops(n, batch * T, T, heads) for n, heads in ((name, batch * length), (critic, 0)))
-            backward = 1 if cfg.lora else 2
-            convention = one * (1 + 3 + training.saves(cfg, "recompute"))
-            # rollout 1, reference 1, reward model 1, critic 1 and both trained; the old log-probabilities cost none with one update
-            everything = one * (2 + 1 + backward) + other * (2 + 1 + backward)
-            rows.append(r := {"model": name, "critic": critic, "case": case, "batch": batch, "prompt_len": cfg.prompt_len, "mean_length": length, "hybrid": median["hybrid"],
-                              "hf": median["hf"], "seconds": s, "ratio": statistics.median(total["hf"]) / s, "pairs_per_s": batch / s, "hours": PAIRS / (batch / s) / 3600,
-                              "deepspeed_chat_tflops": convention / s / 1e12, "mfu": everything / s / peak["flop_per_s"], "memory_gib": max(x["memory_gib"] for x in runs["hybrid"]),
-                              "runs": {e: [[x[k] for k in phases] for x in logs] for e, logs in runs.items()}})
-            for e in runs:
-                m = median[e]
-                print(f"{name:<12}{case:<7}{batch:>4} x {cfg.prompt_len}+{length:<6.0f} {'ours' if e == 'hybrid' else 'transformers':<13} rollout {m['rollout_s']:6.2f} s   score {m['score_s']:5.2f}   update {m['update_s']:5.2f}"
-                      f"   iteration {statistics.median(total[e]):6.2f}", flush=True)
-            print(f"{'':<19}{r['ratio']:.2f} times as fast; {r['pairs_per_s']:.1f} pairs/s, {r['hours']:.1f} h for DeepSpeed-Chat's {PAIRS:,} pairs; "
-                  f"{r['deepspeed_chat_tflops']:.3g} TFLOP/s as it counts, MFU {r['mfu']:.0%}", flush=True)
-    return rows
+                for side in list(runs):
+                    try:
+                        runs[side] += ppo_iterations(cfg, name, case, side, count)
+                    except torch.OutOfMemoryError:
+                        print(f"{name}, {side}: out of memory")
+            row = ppo_row(cfg, name, case, runs, ceilings)
+            print_ppo_row(row)
+            yield row
+
+
+def ppo_row(cfg, name, case, runs, ceilings):
+    medians = {}
+    for side, iterations in runs.items():
+        medians[side] = {phase: median(run[phase] for run in iterations) for phase in PHASES}
+    ours = median(run["seconds"] for run in runs["hybrid"])
+    theirs = median(run["seconds"] for run in runs.get("hf", []))
+    critic = cfg.critic or name
+    row = {
+        "model": name,
+        "critic": critic,
+        "case": case.name,
+        "batch": case.prompts,
+        "minibatches": cfg.minibatches,
+        "prompt_len": cfg.prompt_len,
+        "hybrid": medians["hybrid"],
+        "hf": medians.get("hf"),
+        "seconds": ours,
+        "ratio": ratio(theirs, ours),
+        "runs": {},
+    }
+    for side, iterations in runs.items():
+        row["runs"][side] = [[run[phase] for phase in PHASES] for run in iterations]
+    if ours is None:
+        return row | {"mean_length": None, "error": "out of memory"}
+
+    length = statistics.mean(run["length"] for run in runs["hybrid"])
+    T = cfg.prompt_len + length
+    B = case.prompts
+    actor_flops = flops(name, B * T, T, B * length)  # of one forward
+    critic_flops = flops(critic, B * T, T, 0)
+    # DeepSpeed-Chat counts a forward for generation, and three or four for training.
+    convention = actor_flops * (1 + 3 + int(cfg.gradient_checkpointing))
+    # Forwards of the actor: rollout, reference and update, with several minibatches also the old
+    # log-probabilities. A backward is two more, and one where weights are frozen.
+    actor_forwards = 3 + (1 if cfg.lora else 2) + int(cfg.minibatches > 1)
+    # Of the critic: values and update, and the reward model. It trains all of its weights.
+    critic_forwards = 2 + 2 + int(cfg.scorer == "model")
+    work = actor_flops * actor_forwards + critic_flops * critic_forwards
+    return row | {
+        "mean_length": length,
+        "pairs_per_s": B / ours,
+        "hours": PAIRS / (B / ours) / 3600,
+        "deepspeed_chat_tflops": convention / ours / 1e12,
+        "mfu": work / ours / ceilings["flop_per_s"],
+        "memory_gib": max(run["memory_gib"] for run in runs["hybrid"]),
+    }
+
+
+def print_ppo_row(row):
+    title = f"{row['model']:<13}{row['case']:<7}{row['batch']:>4} x {row['prompt_len']}"
+    for side, label in (("hybrid", "ours"), ("hf", "transformers")):
+        if row[side]:
+            phases = []
+            for phase in PHASES:
+                phases.append(f"{phase.removesuffix('_s')} {show(row[side][phase], '.2f')} s")
+            print(f"{title} {label:<13} {'   '.join(phases)}", flush=True)
+    if "error" in row:
+        return
+    print(
+        f"    ratio {show(row['ratio'], '.2f')}, {row['pairs_per_s']:.1f} pairs/s, "
+        f"{row['hours']:.1f} h for DeepSpeed-Chat's {PAIRS:,} pairs, "
+        f"{row['deepspeed_chat_tflops']:.3g} TFLOP/s as it counts, MFU {row['mfu']:.0%}",
+        flush=True,
+    )
 
 
 # -----------------------------------------------------------------------------
-# parts
+# kernels
 
 
-def kernel(cfg, peak):
-    """Every function of kernels.py at the shape of the model: its time next to PyTorch's, and the share of its ceiling, bytes or FLOPs, whichever is nearer."""
-    dtype, rows = utils.precision(cfg.dtype), []
-    for name in cfg.model.split(","):
-        _, L, E, H, K, M, V = SHAPES[name]
-        B, P, D = cfg.batches[0], cfg.prompt_len, E // H
-        T, size = P + cfg.new_tokens, torch.empty((), dtype=dtype).element_size()
-        make = lambda *shape: torch.randn(*shape, device=device(), dtype=dtype)  # noqa: E731
-        x, w, head = make(B, E), make(M, E), make(V, E)
-        q, k, v = make(B * P, H, D), make(B * P, K, D), make(B * P, K, D)
-        cu = torch.arange(0, B * P + 1, P, dtype=torch.int32, device=device())
-        kc, vc, lengths = make(B, K, T, D), make(B, K, T, D), torch.full((B,), T, device=device())
-        slots, at = torch.arange(B, device=device()), torch.full((B,), P, device=device())
-        cos, sin = (torch.rand(T, D // 2, device=device()) for _ in range(2))
-        weight, bias, u, logits = make(E), make(E), torch.rand(B, device=device()), make(B, V)
-        hidden, targets = make(B * P, E) * 0.02, torch.randint(V, (B * P,), device=device())
-        attention = lambda a, b, c, **how: F.scaled_dot_product_attention(a, b, c, enable_gqa=H != K, **how)  # noqa: E731
-        batched = [y.view(B, P, -1, D).transpose(1, 2) for y in (q, k, v)]
+@dataclass
+class Sizes:
+    """The sizes at which the kernels of a model are measured, and tensors of them."""
+    shape: Shape
+    B: int
+    P: int
+    T: int
+    dtype: torch.dtype
 
-        def rope():
-            kc[slots, :, at] = kernels.rotate(k[:B], cos[at], sin[at])
-            vc[slots, :, at] = v[:B]
-            return kernels.rotate(q[:B], cos[at], sin[at])
-        cases = {  # ours, PyTorch's, bytes, FLOPs
-            "linear": (lambda: kernels.linear(x, w), lambda: F.linear(x, w), (M * E + B * (E + M)) * size, 2 * B * E * M),
-            "linear, output layer": (lambda: kernels.linear(x, head), lambda: F.linear(x, head), (V * E + B * (E + V)) * size, 2 * B * E * V),
-            "prefill attention": (lambda: kernels.prefill_attention(q, k, v, cu, D**-0.5), lambda: attention(*batched, is_causal=True),
-                                  B * P * (2 * H + 2 * K) * D * size, 2 * B * H * P * P * D),
-            "decode attention": (lambda: kernels.decode_attention(q[:B], kc, vc, lengths, D**-0.5), lambda: attention(q[:B, :, None], kc, vc),
-                                 2 * B * K * T * D * size, 4 * B * H * T * D),
-            "rotary and cache": (lambda: kernels.rope_and_cache(q[:B], k[:B], v[:B], kc, vc, slots, at, cos, sin), rope, B * (2 * H + 4 * K) * D * size, 0),
-            "add and norm": (lambda: kernels.add_norm(hidden, hidden, weight, bias, 1e-5, False), lambda: (F.layer_norm(s := hidden + hidden, (E,), weight, bias), s),
-                             4 * hidden.numel() * size, 0),
-            "sampling": (lambda: kernels.sample(logits, u, 1.0), lambda: (t := ((p := logits.float().log_softmax(-1)).exp() / torch.empty_like(p).exponential_()).argmax(-1, True), p.gather(1, t)), B * V * size, 0),
-            "log-probabilities": (lambda: kernels.token_logprobs(hidden, head, targets), lambda: -F.cross_entropy((hidden @ head.T).float(), targets, reduction="none"),
-                                  (V * E + B * P * E) * size, 2 * B * P * E * V),
-        }
-        for what, (ours, theirs, moved, work) in cases.items():
-            with torch.no_grad():
-                a, b = seconds(ours), seconds(theirs)
-            floor = max(moved / peak["bytes_per_s"], work / peak["flop_per_s"])
-            rows.append({"model": name, "kernel": what, "us": a * 1e6, "pytorch_us": b * 1e6, "bytes": moved, "flops": work, "ceiling_share": floor / a})
-            print(f"{name:<12}{what:<22}{a * 1e6:>10,.0f} us   PyTorch {b * 1e6:>10,.0f} us   {floor / a:>5.0%} of the {'bandwidth' if floor * peak['bytes_per_s'] == moved else 'FLOP'} ceiling", flush=True)
-    return rows
+    def randn(self, *size):
+        return torch.randn(*size, device=device(), dtype=self.dtype)
+
+    def full(self, n, value):
+        return torch.full((n,), value, device=device())
 
 
-def loss_and_gradients(chunked):
-    """The output layer of a training step: 2,048 tokens, width 256, 128,256 words. Returns loss, gradients, and most bytes held beyond the start."""
-    import resource
+class KernelCase(NamedTuple):
+    """Two functions that compute the same, and what they have to move and to compute at least."""
+    ours: object
+    pytorch: object
+    bytes: int
+    flops: int
+
+
+def linear_case(sizes, out_features):
+    B, E = sizes.B, sizes.shape.E
+    x = sizes.randn(B, E)
+    weight = sizes.randn(out_features, E)
+
+    def ours():
+        return kernels.linear(x, weight)
+
+    def pytorch():
+        return F.linear(x, weight)
+
+    moved = x.nbytes + weight.nbytes + B * out_features * sizes.dtype.itemsize
+    return KernelCase(ours, pytorch, moved, 2 * B * E * out_features)
+
+
+def prefill_case(sizes):
+    s, B, P = sizes.shape, sizes.B, sizes.P
+    q = sizes.randn(B * P, s.H, s.D)
+    k = sizes.randn(B * P, s.K, s.D)
+    v = sizes.randn(B * P, s.K, s.D)
+    cu_seqlens = torch.arange(0, B * P + 1, P, dtype=torch.int32, device=device())
+    spec = kernels.AttentionSpec(s.D**-0.5)
+    q4, k4, v4 = [x.view(B, P, -1, s.D).transpose(1, 2) for x in (q, k, v)]         # (B, H, P, D)
+
+    def ours():
+        return kernels.prefill_attention(q, k, v, cu_seqlens, spec)
+
+    def pytorch():
+        return F.scaled_dot_product_attention(q4, k4, v4, is_causal=True, enable_gqa=s.H != s.K)
+
+    moved = 2 * q.nbytes + k.nbytes + v.nbytes
+    return KernelCase(ours, pytorch, moved, 2 * B * s.H * P * P * s.D)
+
+
+def decode_case(sizes):
+    s, B, T = sizes.shape, sizes.B, sizes.T
+    q = sizes.randn(B, s.H, s.D)
+    k_cache = sizes.randn(B, s.K, T, s.D)
+    v_cache = sizes.randn(B, s.K, T, s.D)
+    lengths = sizes.full(B, T)
+    spec = kernels.AttentionSpec(s.D**-0.5)
+
+    def ours():
+        return kernels.decode_attention(q, k_cache, v_cache, lengths, spec)
+
+    def pytorch():
+        return F.scaled_dot_product_attention(
+            q[:, :, None], k_cache, v_cache, enable_gqa=s.H != s.K
+        )
+
+    moved = k_cache.nbytes + v_cache.nbytes
+    return KernelCase(ours, pytorch, moved, 4 * B * s.H * T * s.D)
+
+
+def rope_case(sizes):
+    s, B, P, T = sizes.shape, sizes.B, sizes.P, sizes.T
+    q = sizes.randn(B, s.H, s.D)
+    k = sizes.randn(B, s.K, s.D)
+    v = sizes.randn(B, s.K, s.D)
+    k_cache = sizes.randn(B, s.K, T, s.D)
+    v_cache = sizes.randn(B, s.K, T, s.D)
+    slots = torch.arange(B, device=device())
+    positions = sizes.full(B, P)
+    cos = torch.rand(T, s.D // 2, device=device())
+    sin = torch.rand(T, s.D // 2, device=device())
+
+    def ours():
+        return kernels.rope_and_cache(q, k, v, k_cache, v_cache, slots, positions, cos, sin)
+
+    def pytorch():
+        k_cache[slots, :, positions] = kernels.rotate(k, cos[positions], sin[positions])
+        v_cache[slots, :, positions] = v
+        return kernels.rotate(q, cos[positions], sin[positions])
+
+    moved = 2 * (q.nbytes + k.nbytes + v.nbytes)
+    return KernelCase(ours, pytorch, moved, 0)
+
+
+def norm_case(sizes):
+    E = sizes.shape.E
+    x = sizes.randn(sizes.B * sizes.P, E)
+    residual = sizes.randn(sizes.B * sizes.P, E)
+    weight = sizes.randn(E)
+    bias = sizes.randn(E)
+
+    def ours():
+        return kernels.add_norm(x, residual, weight, bias, 1e-5, False)
+
+    def pytorch():
+        total = x + residual
+        return F.layer_norm(total, (E,), weight, bias), total
+
+    return KernelCase(ours, pytorch, 4 * x.nbytes, 0)
+
+
+def sampling_case(sizes):
+    logits = sizes.randn(sizes.B, sizes.shape.V)
+    u = torch.rand(sizes.B, device=device())
+
+    def ours():
+        return kernels.sample(logits, u, 1.0)
+
+    def pytorch():
+        logprobs = logits.float().log_softmax(-1)
+        noise = torch.empty_like(logprobs).exponential_()
+        tokens = (logprobs.exp() / noise).argmax(-1, keepdim=True)
+        return tokens, logprobs.gather(1, tokens)
+
+    return KernelCase(ours, pytorch, logits.nbytes, 0)
+
+
+def logprob_case(sizes):
+    s = sizes.shape
+    N = sizes.B * sizes.P
+    hidden = sizes.randn(N, s.E) * 0.02
+    weight = sizes.randn(s.V, s.E)
+    targets = torch.randint(s.V, (N,), device=device())
+
+    def ours():
+        return kernels.token_logprobs(hidden, weight, targets)
+
+    def pytorch():
+        return -F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
+
+    moved = weight.nbytes + hidden.nbytes
+    return KernelCase(ours, pytorch, moved, 2 * N * s.E * s.V)
+
+
+def kernel_cases(sizes):
+    """{title: function that makes a KernelCase, with buffers of its own}."""
+    return {
+        "linear": partial(linear_case, sizes, sizes.shape.M),
+        "linear, output layer": partial(linear_case, sizes, sizes.shape.V),
+        "prefill attention": partial(prefill_case, sizes),
+        "decode attention": partial(decode_case, sizes),
+        "rotary and cache": partial(rope_case, sizes),
+        "add and norm": partial(norm_case, sizes),
+        "sampling": partial(sampling_case, sizes),
+        "log-probabilities": partial(logprob_case, sizes),
+    }
+
+
+@torch.no_grad()
+def time_case(make):
+    """Seconds per call of ours and of PyTorch's. On a GPU, calls that follow each other have
+    buffers of their own, up to about a gigabyte of them, so that none finds its data in the L2
+    cache."""
+    made = [make()]
+    if torch.cuda.is_available():
+        copies = min(CALLS_PER_GRAPH, math.ceil(1e9 / made[0].bytes))
+        made += [make() for _ in range(copies - 1)]
+    ours = seconds_per_call([case.ours for case in made])
+    pytorch = seconds_per_call([case.pytorch for case in made])
+    return made[0], ours, pytorch
+
+
+def kernels_task(cfg, ceilings):
+    """The functions of kernels.py at the shapes of a model: time, PyTorch's time, and the share of
+    the nearer ceiling, of bytes or of FLOPs."""
+    for name in cfg.shapes:
+        T = cfg.prompt_len + cfg.new_tokens
+        sizes = Sizes(SHAPES[name], cfg.batches[0], cfg.prompt_len, T, cfg.torch_dtype)
+        for title, make in kernel_cases(sizes).items():
+            case, ours, pytorch = time_case(make)
+            by_bytes = case.bytes / ceilings["bytes_per_s"]
+            by_flops = case.flops / ceilings["flop_per_s"]
+            share = max(by_bytes, by_flops) / ours
+            nearer = "bandwidth" if by_bytes >= by_flops else "FLOP"
+            print(
+                f"{name:<13}{title:<22}{ours * 1e6:>10,.0f} us   "
+                f"PyTorch {pytorch * 1e6:>10,.0f} us   {share:>5.0%} of the {nearer} ceiling",
+                flush=True,
+            )
+            yield {
+                "model": name,
+                "kernel": title,
+                "us": ours * 1e6,
+                "pytorch_us": pytorch * 1e6,
+                "bytes": case.bytes,
+                "flops": case.flops,
+                "ceiling_share": share,
+            }
+
+
+# -----------------------------------------------------------------------------
+# memory of the output layer
+
+
+def peak_bytes():
+    """The most memory that this process has had."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def output_layer(chunked):
+    """Forward and backward of the output layer for 2,048 tokens, width 256, 128,256 token ids.
+    Returns the loss, both gradients, the peak of memory above the start in bytes, and seconds."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(2048, 256, device=device()) * 0.1, torch.randn(128_256, 256, device=device()) * 0.1
+    hidden = (torch.randn(2048, 256, device=device()) * 0.1).requires_grad_()
+    weight = (torch.randn(128_256, 256, device=device()) * 0.1).requires_grad_()
     targets = torch.randint(128_256, (2048,), device=device())
-    h, w = hidden.requires_grad_(), weight.requires_grad_()
-    w.grad, h.grad = torch.zeros_like(w), torch.zeros_like(h)
-    cuda = torch.cuda.is_available()
-    start = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    weight.grad = torch.zeros_like(weight)
+    hidden.grad = torch.zeros_like(hidden)
+    start = torch.cuda.memory_allocated() if torch.cuda.is_available() else peak_bytes()
     clock = utils.Clock()
     if chunked:
-        logprobs, _ = kernels.token_logprobs(h, w, targets)
+        logprobs, _ = kernels.token_logprobs(hidden, weight, targets)
     else:
-        logprobs = (h @ w.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        # In one expression, so that nothing keeps the logits longer than autograd does.
+        logprobs = (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
     loss = -logprobs.mean()
     loss.backward()
     seconds = clock.lap()
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return loss.item(), h.grad.cpu(), w.grad.cpu(), peak - start, seconds
+    grads = (hidden.grad.cpu(), weight.grad.cpu())
+    return loss.item(), grads, peak_bytes() - start, seconds
 
 
-def memory(cfg, peak):
-    """Each in a process of its own: the most memory a process has held cannot be reset."""
-    context, rows, results = torch.multiprocessing.get_context("spawn"), [], {}
-    for name, chunked in (("plain logits", False), ("chunked", True)):
-        with context.Pool(1) as pool:
-            results[name] = pool.apply(loss_and_gradients, (chunked,))
-    for name, (loss, d_hidden, d_weight, most, s) in results.items():
-        plain = results["plain logits"]
-        off = max(((a - b).norm() / b.norm()).item() for a, b in ((d_hidden, plain[1]), (d_weight, plain[2])))
-        rows.append({"how": name, "loss": loss, "peak_mib": most / 2**20, "seconds": s, "gradients_off": off})
-        print(f"{name:<14} loss {loss:.6f}   peak {most / 2**20:>7,.0f} MiB   {s:.2f} s   gradients off by {off:.1e}")
-    return rows
+def memory(cfg, ceilings):
+    """Each way in a process of its own: the most memory a process has had cannot be reset."""
+    plain_grads = None
+    for title, chunked in (("plain logits", False), ("chunked", True)):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            loss, grads, peak, seconds = pool.apply(output_layer, (chunked,))
+        if plain_grads is None:
+            plain_grads = grads
+        errors = [(a - b).norm() / b.norm() for a, b in zip(grads, plain_grads)]
+        difference = max(errors).item()
+        print(
+            f"{title:<14} loss {loss:.6f}   peak {peak / 2**20:>7,.0f} MiB   {seconds:.2f} s   "
+            f"gradients differ by {difference:.1e}"
+        )
+        yield {
+            "how": title,
+            "loss": loss,
+            "peak_mib": peak / 2**20,
+            "seconds": seconds,
+            "gradients_off": difference,
+        }
 
 
 # -----------------------------------------------------------------------------
-# limits
+# the largest actor
+
+
+def fit(cfg, ceilings):
+    """Two iterations of PPO with OPT actors of growing size, until one does not fit: with all
+    weights trained, then with LoRA and gradient checkpointing. The critic and the reward model are
+    of --critic's shape."""
+    lora = {"lora": "8", "gradient_checkpointing": True}
+    for how, options in (("all weights", {}), ("LoRA 8, gradient checkpointing", lora)):
+        changed = dataclasses.replace(cfg, critic=cfg.critic or "opt-350m", **options)
+        for name in SHAPES:
+            if not name.startswith("opt-") or name == "opt-4x256":
+                continue
+            gib, error = try_to_fit(changed, name)
+            result = f"trains, {gib:.1f} GiB at most" if error is None else error
+            print(f"{how:<32}{name:<10}{result}", flush=True)
+            yield {"how": how, "model": name, "memory_gib": gib, "error": error}
+            if error:
+                break
 
 
 def try_to_fit(cfg, name):
-    """In a process of its own: two iterations of PPO. Returns the most memory held, GiB."""
-    utils.quiet()
-    return iterations(cfg, name, cfg.batches[0], cfg.new_tokens, None, "hybrid", 2)[-1]["memory_gib"]
+    """Runs two iterations in a process of its own, so that what it allocates goes with it. Returns
+    (most memory in GiB, None), or (None, why it does not fit)."""
+    s = SHAPES[name]
+    weights = (s.L * layer_params(s) + s.E * s.V) * cfg.torch_dtype.itemsize
+    if weights > available_bytes():
+        return None, "its weights alone are larger than the memory"
+
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_memory, args=(sender, cfg, name))
+    process.start()
+    sender.close()
+    while process.is_alive() and not receiver.poll(0.1):
+        if not torch.cuda.is_available() and psutil.virtual_memory().available < 2 * 2**30:
+            process.kill()  # before the system ends something else
+    result = (None, "out of memory")
+    with contextlib.suppress(EOFError):  # raised where the process was killed
+        result = receiver.recv()
+    process.join()
+    return result
 
 
-def fit(cfg, peak):
-    """Two iterations of PPO with actors of growing size, until one does not fit: all weights trained, then LoRA with recomputing. Critic and reward model: --critic."""
-    total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().available
-    context, rows = torch.multiprocessing.get_context("spawn"), []
-    for how, options in (("all weights", {"save_memory": "no"}), ("LoRA 8, recompute", {"lora": "8", "save_memory": "recompute"})):
-        for name in (n for n in SHAPES if n.startswith("opt-") and n != "opt-4x256"):
-            _, L, E, _, _, M, V = SHAPES[name]
-            weights = (L * (4 * E * E + 2 * E * M) + E * V) * utils.precision(cfg.dtype).itemsize
-            if weights > total:  # not even its weights: no need to try
-                error, gib = "its weights alone are larger than the memory", None
-            else:
-                pool = context.Pool(1)  # whatever it takes goes with it
-                job = pool.apply_async(try_to_fit, (dataclasses.replace(cfg, critic=cfg.critic or "opt-350m", **options), name))
-                gib, error = None, None
-                while not job.ready():
-                    job.wait(0.1)
-                    if not all(p.is_alive() for p in pool._pool) or not torch.cuda.is_available() and psutil.virtual_memory().available < 2 * 2**30:
-                        error = "out of memory"
-                        break
-                else:
-                    try:
-                        gib = job.get()
-                    except torch.OutOfMemoryError:
-                        error = "out of memory"
-                    except Exception as e:  # near the edge libraries fail in ways of their own: what was measured before is kept
-                        error = f"{type(e).__name__}: {models.first_line(e)}"
-                pool.terminate()
-            rows.append({"how": how, "model": name, "memory_gib": gib, "error": error})
-            print(f"{how:<20}{name:<10}" + (f"trains, {gib:.1f} GiB at most" if gib else error), flush=True)
-            if error:
-                break
-    return rows
+def send_memory(connection, cfg, name):
+    """What the process of try_to_fit runs."""
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(variable, None)  # it is a world of its own
+    try:
+        utils.init_distributed(cfg.seed)
+        case = Case("fixed", cfg.batches[0], cfg.new_tokens)
+        last = ppo_iterations(cfg, name, case, "hybrid", 2)[-1]
+        connection.send((last["memory_gib"], None))
+    except torch.OutOfMemoryError:
+        connection.send((None, "out of memory"))
+    except Exception as error:  # libraries fail in ways of their own when memory is scarce
+        connection.send((None, f"{type(error).__name__}: {models.first_line(error)}"))
 
 
-# DeepSpeed-Chat's README, table 1: hours for its step 3 by (actor, A100-80G GPUs)
-PUBLISHED = {("opt-1.3b", 1): 11.7, ("opt-6.7b", 1): 40.8, ("opt-13b", 1): 117.6, ("opt-1.3b", 8): 1.4, ("opt-6.7b", 8): 4.1, ("opt-13b", 8): 9.0, ("opt-30b", 8): 18.0, ("opt-66b", 8): 50.4,
-             ("opt-1.3b", 64): 31 / 60, ("opt-6.7b", 64): 51 / 60, ("opt-13b", 64): 1.25, ("opt-30b", 64): 4.0, ("opt-66b", 64): 7.5}
-# bytes/s of memory, FLOP/s in bfloat16, bytes of memory, bytes/s of NVLink one way: NVIDIA's data sheets of the SXM parts. 400 Gb/s a GPU between machines of 8.
-SHEETS = {"H100": (3.35e12, 989e12, 80e9, 450e9), "A100": (2.04e12, 312e12, 80e9, 300e9)}
-NETWORK = 50e9
+# -----------------------------------------------------------------------------
+# many GPUs, on paper
+
+# DeepSpeed-Chat's README, table 1: hours of its step 3 by actor and number of A100-80G
+DEEPSPEED_CHAT_HOURS = {
+    ("opt-1.3b", 1): 11.7,
+    ("opt-6.7b", 1): 40.8,
+    ("opt-13b", 1): 117.6,
+    ("opt-1.3b", 8): 1.4,
+    ("opt-6.7b", 8): 4.1,
+    ("opt-13b", 8): 9.0,
+    ("opt-30b", 8): 18.0,
+    ("opt-66b", 8): 50.4,
+    ("opt-1.3b", 64): 31 / 60,
+    ("opt-6.7b", 64): 51 / 60,
+    ("opt-13b", 64): 1.25,
+    ("opt-30b", 64): 4.0,
+    ("opt-66b", 64): 7.5,
+}
 
 
-def step_on(world, name, critic, sheet, share, mfu, prompt=256, new=256, batch=1024):
-    """Seconds of rollout, gather, score, update and gradient traffic of one iteration of `batch` pairs on `world` GPUs.
+class DataSheet(NamedTuple):
+    """NVIDIA's numbers for an SXM part."""
+    bandwidth: float    # bytes/s of memory
+    flop_per_s: float   # bf16
+    memory: float       # bytes
+    nvlink: float       # bytes/s, one way
 
-    A copy of the actor lies on tp GPUs, the fewest that hold it (bfloat16) in half of their memory; rows are spread over world / tp groups. Decode reads the weights and the keys and
-    values at `share` of the bandwidth, and adds 2 all-reduces a layer; everything else computes at `mfu`; ZeRO moves weights twice and gradients once a step.
+
+DATA_SHEETS = {
+    "H100": DataSheet(3.35e12, 989e12, 80e9, 450e9),
+    "A100": DataSheet(2.04e12, 312e12, 80e9, 300e9),
+}
+NETWORK = 50e9  # bytes/s per GPU between machines of 8: 400 Gb/s
+
+
+def tensor_parallel_size(weight_bytes, sheet, world):
+    """The fewest GPUs that hold a copy of the actor (bf16) in half of their memory."""
+    tp = 1
+    while tp < 8 and weight_bytes / tp >= 0.5 * sheet.memory:
+        tp *= 2
+    return min(tp, world)
+
+
+def seconds_of_step(world, name, critic, sheet, bandwidth_share, mfu, P=256, A=256, pairs=1024):
+    """A model of one PPO iteration on `world` GPUs. Returns seconds of rollout, gather, score,
+    update and gradient traffic.
+
+    Rows are spread over world / tp groups of GPUs. Decode reads the weights and the KV cache at
+    `bandwidth_share` of the bandwidth, and adds two all-reduces per layer. All other work computes
+    at `mfu`. ZeRO moves the weights twice and the gradients once per step.
     """
-    bandwidth, peak, capacity, nvlink = sheet
-    _, L, E, H, K, M, V = SHAPES[name]
-    params = L * (2 * E * E + 2 * E * E * K // H + (2 if name.startswith("opt") else 3) * E * M) + E * V
-    tp = next((t for t in (1, 2, 4, 8) if 2 * params / t < 0.5 * capacity), 8)
-    tp = min(tp, world)
-    rows = batch * tp / world                                          # of a group
-    token = 4 * L * E * K // H                                         # bytes of keys and values of a token
-    fits = max(1, min(rows, (0.85 * capacity - 2 * params / tp) // (token * (prompt + new) / tp)))
-    waves = rows / fits
-    link = nvlink if world <= 8 else NETWORK
-    read = 2 * params / tp + fits * (prompt + new / 2) * token / tp    # bytes a GPU reads a step
-    reduce = 2 * L * (2 * (tp - 1) / tp * fits * E * 2 / nvlink + 10e-6) if tp > 1 else 0
-    rollout = waves * new * (read / (share * bandwidth) + reduce) + flops(name, batch * prompt, prompt, batch) / world / (mfu * peak)
-    gather = 2 * params * (world - 1) / world / link if world > 1 else 0
-    forward, other = flops(name, batch * (prompt + new), prompt + new, batch * new), flops(critic, batch * (prompt + new), prompt + new, 0)
-    score, update = (forward + 2 * other) / world / (mfu * peak), 3 * (forward + other) / world / (mfu * peak)
-    traffic = 3 * 2 * params * (world - 1) / world / link if world > 1 else 0
-    return {"tp": tp, "rollout_s": rollout, "gather_s": gather, "score_s": score, "update_s": update, "traffic_s": traffic}
+    s = SHAPES[name]
+    weight_bytes = 2 * (s.L * layer_params(s) + s.E * s.V)
+    tp = tensor_parallel_size(weight_bytes, sheet, world)
+    flop_per_s = world * mfu * sheet.flop_per_s
+
+    # Rollout: rows of a group that do not fit in its memory wait.
+    rows = pairs * tp / world
+    token_bytes = 4 * s.L * s.K * s.D
+    free = 0.85 * sheet.memory - weight_bytes / tp
+    rows_at_once = max(1, min(rows, free // (token_bytes * (P + A) / tp)))
+    kv_read = rows_at_once * (P + A / 2) * token_bytes / tp
+    read_s = (weight_bytes / tp + kv_read) / (bandwidth_share * sheet.bandwidth)
+    reduce_s = 0
+    if tp > 1:
+        message = 2 * (tp - 1) / tp * rows_at_once * s.E * 2
+        reduce_s = 2 * s.L * (message / sheet.nvlink + 10e-6)
+    decode_s = rows / rows_at_once * A * (read_s + reduce_s)
+    prefill_s = flops(name, pairs * P, P, pairs) / flop_per_s
+
+    # Score and update: a backward is two forwards.
+    T = P + A
+    actor_forward = flops(name, pairs * T, T, pairs * A)
+    critic_forward = flops(critic, pairs * T, T, 0)
+    link = sheet.nvlink if world <= 8 else NETWORK
+    gather_s = weight_bytes * (world - 1) / world / link
+    return {
+        "tp": tp,
+        "rollout_s": decode_s + prefill_s,
+        "gather_s": gather_s,
+        "score_s": (actor_forward + 2 * critic_forward) / flop_per_s,
+        "update_s": 3 * (actor_forward + critic_forward) / flop_per_s,
+        "traffic_s": 3 * gather_s,
+    }
 
 
-def scale(cfg, peak):
-    """On paper. The two shares are taken from this folder's generate and ppo results of a GPU where there are some; else they are assumptions, and the table says so."""
-    found = [p for p in sorted(Path(cfg.out).glob("NVIDIA*-ppo*.json")) if not json.loads(p.read_text())["config"]["lora"]]  # of adapters the work is another
-    generated = sorted(Path(cfg.out).glob("NVIDIA*-generate*.json"))
-    share, mfu, basis = 0.7, 0.5, "ASSUMED shares, no GPU measured: 70% of the bandwidth in decode, 50% MFU elsewhere"
+def measured_on_gpu(folder, task):
+    """(file name, content, rows at fixed lengths) of the first file that this task has written on a
+    GPU; None without one. LoRA, several minibatches and reward functions are other work."""
+    for path in sorted(Path(folder).glob("NVIDIA*.json")):
+        record = tables.read_json(path)
+        config = record["config"]
+        usual = not config["lora"] and config["minibatches"] == 1 and config["scorer"] == "model"
+        if record["task"] != task or not usual:
+            continue
+        rows = []
+        for row in record["rows"]:
+            if row["case"] == "fixed" and row["mean_length"]:
+                rows.append(row)
+        if rows:
+            return path.name, record, rows
+    return None
+
+
+def measured_shares(folder):
+    """What decode reaches of the bandwidth and all other work of the FLOP/s, measured on a GPU if
+    the folder has results of one. Returns (GPU, share, MFU, what these numbers are based on)."""
+    ppo_result = measured_on_gpu(folder, "ppo")
+    decode_result = measured_on_gpu(folder, "generate")
+    if ppo_result is None or decode_result is None:
+        basis = (
+            "ASSUMED shares, no GPU measured: 70% of the bandwidth in decode, 50% MFU elsewhere"
+        )
+        return "H100", 0.7, 0.5, basis
+
+    ppo_file, record, rows = ppo_result
     gpu = "H100"
-    if found and generated:
-        gpu = next((g for g in SHEETS if g in found[0].name), "H100")
-        sheet = SHEETS[gpu]
-        row = max((r for r in json.loads(found[0].read_text())["rows"] if r["case"] == "fixed"), key=lambda r: r["batch"])
-        T, batch = row["prompt_len"] + row["mean_length"], row["batch"]
-        one, other = flops(row["model"], batch * T, T, batch * row["mean_length"]), flops(row["critic"], batch * T, T, 0)
-        mfu = (4 * one + 5 * other) / (row["hybrid"]["score_s"] + row["hybrid"]["update_s"]) / sheet[1]
-        decode = json.loads(generated[0].read_text())
-        share = statistics.median(r["floor_share"] for r in decode["rows"] if r["case"] == "fixed") * decode["ceilings"]["bytes_per_s"] / sheet[0]
-        basis = f"fitted to {found[0].name} and {generated[0].name}: {share:.0%} of the bandwidth in decode, {mfu:.0%} MFU elsewhere"
-    print(f"{gpu}, 1,024 pairs of 256 + 256 tokens a step, critic 350M; {basis}")
-    rows = []
-    for name in (n for n in cfg.model.split(",") if not n.endswith("4x256")) if cfg.model != Config.model else ("opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b"):
-        for world in numbers(cfg.world):
-            t = step_on(world, name, cfg.critic or "opt-350m", SHEETS[gpu], share, mfu)
-            s = sum(v for k, v in t.items() if k.endswith("_s"))
-            hours, published = PAIRS / 1024 * s / 3600, PUBLISHED.get((name, world))
-            rows.append({"model": name, "world": world, "basis": basis, **t, "seconds": s, "hours": hours, "deepspeed_chat_hours": published})
-            print(f"{name:<10}{world:>5} GPUs, tp {t['tp']}: rollout {t['rollout_s']:7.2f} s  gather {t['gather_s']:5.2f}  score {t['score_s']:6.2f}  update {t['update_s']:6.2f}  traffic {t['traffic_s']:5.2f}"
-                  f"   {hours:7.2f} h" + (f"   (DeepSpeed-Chat, A100-80G: {published:.2f} h)" if published else ""))
-    return rows
+    for name in DATA_SHEETS:
+        if name in record["device"]:
+            gpu = name
+    sheet = DATA_SHEETS[gpu]
+    row = max(rows, key=lambda row: row["batch"])
+    B, A = row["batch"], row["mean_length"]
+    T = row["prompt_len"] + A
+    actor_forward = flops(row["model"], B * T, T, B * A)
+    critic_forward = flops(row["critic"], B * T, T, 0)
+    seconds = row["hybrid"]["score_s"] + row["hybrid"]["update_s"]
+    mfu = (4 * actor_forward + 5 * critic_forward) / seconds / sheet.flop_per_s
+
+    decode_file, decode, rows = decode_result
+    bandwidth = statistics.median(row["floor_share"] for row in rows)
+    bandwidth *= decode["ceilings"]["bytes_per_s"]
+    share = bandwidth / sheet.bandwidth
+    basis = (
+        f"fitted to {ppo_file} and {decode_file}: {share:.0%} of the bandwidth in decode, "
+        f"{mfu:.0%} MFU elsewhere"
+    )
+    return gpu, share, mfu, basis
 
 
-TASKS = {"generate": generate, "train": train, "ppo": ppo, "kernels": kernel, "memory": memory, "fit": fit, "scale": scale}
+def scale(cfg, ceilings):
+    """1,024 pairs of 256 + 256 tokens per step, on paper."""
+    gpu, share, mfu, basis = measured_shares(cfg.out)
+    critic = cfg.critic or "opt-350m"
+    print(f"{gpu}, 1,024 pairs of 256 + 256 tokens per step, critic {critic}; {basis}")
+    names = ["opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b"]
+    if cfg.model != Config.model:
+        names = cfg.shapes
+    for name in names:
+        for world in parse_numbers("--world", cfg.world):
+            times = seconds_of_step(world, name, critic, DATA_SHEETS[gpu], share, mfu)
+            seconds = sum(x for key, x in times.items() if key.endswith("_s"))
+            hours = PAIRS / 1024 * seconds / 3600
+            published = DEEPSPEED_CHAT_HOURS.get((name, world))
+            row = {"model": name, "world": world, "gpu": gpu, "basis": basis} | times
+            row |= {"seconds": seconds, "hours": hours, "deepspeed_chat_hours": published}
+            print(
+                f"{name:<13}{world:>5} GPUs, tp {times['tp']}: "
+                f"rollout {times['rollout_s']:7.2f} s  gather {times['gather_s']:5.2f}  "
+                f"score {times['score_s']:6.2f}  update {times['update_s']:6.2f}  "
+                f"traffic {times['traffic_s']:5.2f}  {hours:7.2f} h  "
+                f"(DeepSpeed-Chat on A100-80G: {show(published, '.2f')} h)"
+            )
+            yield row
+# -----------------------------------------------------------------------------
+
+TASKS = {
+    "generate": generate,
+    "nano-vllm": nano_vllm,
+    "train": train,
+    "ppo": ppo_task,
+    "kernels": kernels_task,
+    "memory": memory,
+    "fit": fit,
+    "scale": scale,
+}
+NEED_CEILINGS = ("generate", "nano-vllm", "train", "ppo", "kernels")
 
 
-def main(cfg, task):
-    utils.quiet()
+def parse_task(argv):
+    """Splits the command line into (task, name of the job or "", flags)."""
+    if not argv or argv[0] in ("-h", "--help"):
+        return "generate", "", ["--help"]
+    task, *flags = argv
+    job = ""
+    if task == "job":
+        job = flags.pop(0) if flags else ""
+        if job not in JOBS:
+            sys.exit(f"error: there is no job {job!r}; there are {', '.join(JOBS)}")
+        task, *job_flags = JOBS[job].command.split()
+        flags = job_flags + flags  # the last one of a flag counts
+    if task not in (*TASKS, "tables"):
+        names = ", ".join([*TASKS, "job", "tables"])
+        sys.exit(f"error: there is no task {task!r}; there are {names} (--help explains them)")
+    return task, job, flags
+
+
+def main(cfg, task, job="", command=""):
+    if task == "tables":
+        path = Path(cfg.out) / "README.md"
+        utils.atomic_write(path, tables.readme(cfg.out))
+        print(f"wrote {path}")
+        return
+    utils.quiet_transformers()
     torch.manual_seed(cfg.seed)
-    print(f"{device_name()}, torch {torch.__version__}, {utils.precision(cfg.dtype)}")
-    peak = ceilings(utils.precision(cfg.dtype)) if task in ("generate", "train", "ppo", "kernels") else None
-    rows = TASKS[task](cfg, peak)
-    import transformers
-    record = {"task": task, "config": dataclasses.asdict(cfg), "device": device_name(), "processor": platform.processor() or platform.machine(),
-              "threads": torch.get_num_threads(), "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-              "commit": utils.commit(), "time": time.strftime("%Y-%m-%d %H:%M"), "ceilings": peak, "rows": rows}
-    what = [device_name(), task, *[cfg.model.replace(",", "+")] * (cfg.model != Config.model), *[f"lora-{cfg.lora}"] * bool(cfg.lora)]
-    path = Path(cfg.out) / (f"{task}.json" if task == "scale" else f"{'-'.join(what)}.json")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1))
-    print(f"wrote {path}")
+    print(f"{device_name()}, {processor_name()}, torch {torch.__version__}, {cfg.torch_dtype}")
+    ceilings = None
+    if task in NEED_CEILINGS:
+        ceilings = measure_ceilings(cfg.torch_dtype)
+    record = Record(cfg, task, job, command, ceilings)
+    for row in TASKS[task](cfg, ceilings):
+        record.add(row)
+    print(f"wrote {record.path}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in TASKS:
-        sys.exit(f"{__doc__}\nwhat to measure: {', '.join(TASKS)}")
-    task = sys.argv.pop(1)
-    utils.run(lambda cfg: main(cfg, task), Config)
+    command = shlex.join(["python", "bench.py", *sys.argv[1:]])
+    task, job, sys.argv[1:] = parse_task(sys.argv[1:])
+    utils.run(partial(main, task=task, job=job, command=command), Config)

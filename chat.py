@@ -16,6 +16,7 @@ import data
 import models
 import utils
 from hybrid_engine import make_engine
+from sources import user
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def main(cfg):
                 print()
         if not text:
             return
-        messages += data.user(text)
+        messages += user(text)
         ids = prompt_ids_that_fit(messages, template, tokenizer, context, cfg.max_new_tokens)
         if not cfg.prompt:
             print("Assistant: ", end="", flush=True)

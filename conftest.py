@@ -44,11 +44,13 @@ def chain(toy_file, tmp_path_factory):
     return {step: (str(out / step), metrics) for step, metrics in runs.items()}
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+HANDLERS = [signal.getsignal(number) for number in SIGNALS]
+
+
 @pytest.fixture(autouse=True)
 def handlers_of_signals():
     """A run that a test ends early leaves its handlers behind; Ctrl-C must go on ending pytest."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
     yield
-    for number, handler in zip(numbers, before):
+    for number, handler in zip(SIGNALS, HANDLERS):
         signal.signal(number, handler)

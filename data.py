@@ -1,537 +1,45 @@
 """Rows, from wherever they come, to batches of token ids.
 
-    source --read--> {"prompt": ..., "chosen": ...} --FORMATS--> Example
-           --template, tokenizer--> tokens in the cache
-           --split, held out, limits on length--> Rows --shuffled, bucketed by length--> batches
-
-A source is a file (.jsonl .json .csv .tsv .txt, also with .gz, or .parquet), a task of tasks.py
-(`toy`), a generator of rows in a file of yours (`file.py:function`), or a folder or a name on the
-Hugging Face hub, perhaps with configuration and split (`openai/gsm8k:main:train`).
+    sources.py --template, tokenizer--> tokens in the cache
+        --split, held out, limits on length--> Rows --shuffled, bucketed by length--> batches
 
 Tokens are made once, by one process per machine, and kept in ~/.cache/flatrlhf (set FLATRLHF_CACHE
 for another folder; it may be deleted at any time). Their name there is a hash of everything they
-depend on: the rows, the template, the tokenizer and the code above class Rows. Only a data set on
-the hub is known by its name alone.
+depend on: the rows, the template, the tokenizer, and the code that makes tokens of rows. Only a
+data set on the hub is known by its name alone.
 
 A row is a prompt and up to two answers to it. Its tokens are `prompt ids + answer ids + EOS`: the
 two parts are tokenized separately, exactly as they meet again when the policy answers a prompt, and
 EOS is an id, not text. The fields of a row that are not text for the model (`answer`, `solution`,
-`nums`, ...) are kept beside the tokens, for reward functions.
+`nums`, ...) are kept along with the tokens, for reward functions.
 
 Dimension key: B batch, T = prompt + answer.
 """
 import ast
-import csv
-import gzip
+import functools
 import hashlib
 import inspect
 import json
 import os
-import re
 import shutil
 import time
 import uuid
-import zlib
 from array import array
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+import sources
 import tasks
-from tasks import shorten
+from sources import convert, hub_folder, parse_columns, parse_sources, read, rename_columns
 from utils import UserError, print0
 
 CACHE = Path(os.environ.get("FLATRLHF_CACHE", Path.home() / ".cache" / "flatrlhf"))
-VERSION = 2  # of the layout of the cached files
-
-# -----------------------------------------------------------------------------
-# formats: which fields a row has says what it is
-
-
-class Example(NamedTuple):
-    """A row as text, whatever its format was."""
-    messages: list                # the prompt, up to the user's last message; empty for plain text
-    response: str | None = None   # the answer that step 1 imitates
-    chosen: str | None = None     # the better answer of a pair
-    rejected: str | None = None   # the worse answer of a pair
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def check_text(name, value):
-    """Returns the value if it is text that can be encoded; else a ValueError names the field."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {shorten(value, 60)}, which is not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        message = f"{name} holds one half of a surrogate pair, which is not a character"
-        raise ValueError(message) from None
-    return value
-
-
-def dialogue(text):
-    """'\\n\\nHuman: ... \\n\\nAssistant: ...' to messages (the layout of hh-rlhf)."""
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    if len(parts) < 3:
-        message = ("it is not a dialogue (no line begins with 'Human:' or 'Assistant:'); "
-                   "plain answers need a prompt beside them")
-        raise ValueError(message)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    messages = []
-    for speaker, content in zip(parts[1::2], parts[2::2]):
-        messages.append({"role": roles[speaker], "content": content.strip()})
-    return messages
-
-
-PAIR = ("chosen", "rejected")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-def check_messages(name, value):
-    """A list of messages with role and content. ShareGPT's `from` and `value` are renamed."""
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"{name} is {shorten(value, 60)}, which is not a list of messages")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict):
-            raise ValueError(f"{name} holds {shorten(message, 60)}, which is not a message")
-        if "from" in message and "value" in message:
-            role = SHAREGPT_ROLES.get(message["from"], message["from"])
-            message = {"role": role, "content": message["value"]}
-        for key in ("role", "content"):
-            if key not in message:
-                raise ValueError(f"there is no {key!r} in a message of {name}")
-            check_text(f"the {key} of a message of {name}", message[key])
-        messages.append(message)
-    return messages
-
-
-def split_answer(name, value):
-    """(messages before the answer, its text). The first is None where an answer is plain text."""
-    if not isinstance(value, (list, tuple, dict)):
-        return None, check_text(name, value)
-    messages = check_messages(name, value)
-    last = messages[-1]
-    if last["role"] != "assistant":
-        raise ValueError(f"{name} does not end with a message of the assistant")
-    return messages[:-1], last["content"]
-
-
-def join_messages(prompt, more):
-    """The prompt and what follows it. `more` may repeat the prompt: then it is all there is."""
-    if not prompt:
-        return more
-    last = prompt[-1]
-    for message in more:
-        same_role = message["role"] == last["role"]
-        if same_role and message["content"].strip() == last["content"].strip():
-            return more
-    return prompt + more
-
-
-def make_example(messages, response, pair):
-    """An Example of a prompt, a response and the `chosen` and `rejected` of a dict.
-
-    Each answer is text, or a list of messages that ends with it, or None.
-    """
-    texts = {}
-    before = []  # what is before the answer, of each list of messages
-    answers = {"response": response, "chosen": pair.get("chosen"), "rejected": pair.get("rejected")}
-    for name, value in answers.items():
-        if value is not None:
-            earlier, texts[name] = split_answer(name, value)
-            if earlier is not None:
-                before.append(earlier)
-    for earlier in before:
-        if earlier != before[0]:
-            raise ValueError("these are two conversations, not two answers to one prompt")
-    if before:
-        messages = join_messages(messages, before[0])
-    if not messages and "response" not in texts:
-        raise ValueError("it has neither a prompt nor a text")
-    return Example(messages, **texts)
-
-
-def first_field(row, *names):
-    """The value of the first of these fields that the row has, or None."""
-    for name in names:
-        if name in row:
-            return row[name]
-    return None
-
-
-def system_message(row):
-    if row.get("system"):
-        return [{"role": "system", "content": check_text("system", row["system"])}]
-    return []
-
-
-def from_messages(row):
-    messages = check_messages("messages", row["messages"])
-    response = row.get("chosen")
-    if messages[-1]["role"] == "assistant":
-        response = messages[-1]["content"]
-        messages = messages[:-1]
-    return make_example(messages, response, row)
-
-
-def from_conversations(row):
-    """ShareGPT: [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]."""
-    messages = check_messages("conversations", row["conversations"])
-    return from_messages({**row, "messages": system_message(row) + messages})
-
-
-def from_prompt(row):
-    prompt = row["prompt"]
-    if isinstance(prompt, (list, tuple, dict)):
-        messages = check_messages("prompt", prompt)
-    elif check_text("prompt", prompt).lstrip().startswith("Human:"):
-        messages = dialogue(prompt)
-        if messages[-1] == {"role": "assistant", "content": ""}:
-            messages = messages[:-1]  # "... Assistant:" is the template's part
-    else:
-        messages = user(prompt)
-    response = first_field(row, "response", "completion", "chosen")
-    return make_example(messages, response, row)
-
-
-def from_instruction(row):
-    """Alpaca (instruction, input, output) and Dolly (instruction, context, response)."""
-    prompt = check_text("instruction", row["instruction"])
-    context = first_field(row, "input", "context")
-    if context:
-        prompt += "\n" + check_text("input", context)
-    response = first_field(row, "output", "response", "chosen")
-    return make_example(user(prompt), response, row)
-
-
-def from_question(row):
-    messages = user(check_text("question", row["question"]))
-    return make_example(messages, first_field(row, "answer", "response"), {})
-
-
-def from_question_pair(row):
-    messages = system_message(row) + user(check_text("question", row["question"]))
-    return make_example(messages, row["chosen"], row)
-
-
-def from_pair(row):
-    """Two whole conversations that differ in the last answer: text as in hh-rlhf, or messages."""
-    pair = {}
-    for name in PAIR:
-        pair[name] = row[name]
-        if isinstance(row[name], str):
-            pair[name] = dialogue(check_text(name, row[name]))
-    return make_example([], pair["chosen"], pair)
-
-
-def from_text(row):
-    return make_example([], row["text"], {})
-
-
-class Format(NamedTuple):
-    needs: tuple       # the fields that a row of this format has
-    convert: Callable  # row -> Example, or a ValueError that says what is wrong with the row
-    reads: tuple       # fields that are text for the model; the others are for reward functions
-
-
-FORMATS = [  # the first that fits is taken
-    Format(("messages",), from_messages, ("messages", "prompt", *PAIR)),
-    Format(("prompt",), from_prompt, ("prompt", "response", "completion", *PAIR)),
-    Format(("instruction",), from_instruction,
-           ("instruction", "input", "context", "output", "response", *PAIR)),
-    Format(("conversations",), from_conversations, ("conversations", "system", *PAIR)),
-    Format(("question", *PAIR), from_question_pair, ("question", "system", *PAIR)),
-    Format(PAIR, from_pair, PAIR),
-    # `answer` is a field as well: a checker of GSM8K compares with it
-    Format(("question", "answer"), from_question, ("question",)),
-    Format(("question", "response"), from_question, ("question", "response")),
-    Format(("text",), from_text, ("text",)),
-]
-
-
-def find_format(row):
-    """The Format of a row, or a ValueError."""
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be an object with fields, not {shorten(row, 60)}")
-    for form in FORMATS:
-        if all(name in row for name in form.needs):
-            return form
-    known = "; ".join("/".join(form.needs) for form in FORMATS)
-    names = sorted(map(str, row))
-    message = (f"unknown fields {names}; a row needs one of: {known} "
-               "(--columns prompt=NAME gives a field another name)")
-    raise ValueError(message)
-
-
-def convert(row):
-    """(Example, name of its format, fields that are not text for the model) of a row.
-
-    Raises a ValueError where the row cannot be used.
-    """
-    form = find_format(row)
-    name = "/".join(form.needs)
-    try:
-        example = form.convert(row)
-    except KeyError as e:
-        raise ValueError(f"cannot be read as {name}: there is no {e}") from None
-    except (ValueError, TypeError, AttributeError) as e:
-        raise ValueError(f"cannot be read as {name}: {e}") from None
-    fields = {key: value for key, value in row.items() if key not in form.reads}
-    return example, name, fields
-
-
-# -----------------------------------------------------------------------------
-# --columns
-
-
-def parse_columns(columns):
-    """'prompt=question,chosen=answer_1' to {"prompt": "question", "chosen": "answer_1"}."""
-    names = {}
-    for item in filter(None, columns.split(",")):
-        new, _, old = item.partition("=")
-        new = new.strip()
-        old = old.strip()
-        if not new or not old or new in names:
-            message = (f"--columns {columns}: write NEW=OLD, joined by commas and each NEW once, "
-                       "such as prompt=question,chosen=answer_1")
-            raise UserError(message)
-        names[new] = old
-    return names
-
-
-def rename_columns(row, names):
-    """The row with its field names[new] called `new`."""
-    if not names or not isinstance(row, dict):
-        return row
-    old_names = names.values()
-    renamed = {name: value for name, value in row.items() if name not in old_names}
-    for new, old in names.items():
-        if old in row:
-            renamed[new] = row[old]
-    return renamed
-
-
-# -----------------------------------------------------------------------------
-# reading: every reader yields (where, row), the row as it is in the source, and words that lead a
-# person to it
-
-
-def read_task_or_function(source):
-    """Rows of a task, or of 'file.py:function', a function without arguments that yields rows."""
-    path = Path(tasks.__file__)
-    if source in tasks.TASKS:
-        function = tasks.TASKS[source].rows
-    else:
-        function, path = tasks.import_function(source, source)
-    try:
-        with tasks.folder_on_path(path.parent):
-            rows = iter(function())
-        for i, row in enumerate(rows, 1):
-            yield f"{source}, row {i}", row
-    except Exception as e:
-        message = (f"{source}: raised {tasks.describe(e)}; it is called without arguments, and "
-                   "must yield rows")
-        raise UserError(message + tasks.user_lines(e, path)) from e
-
-
-def hub_folder(source):
-    """The folder that a source NAME:CONFIG:SPLIT may name, in place of a name on the hub."""
-    return Path(source.split(":")[0])
-
-
-def read_hub(source):
-    """Rows of a folder in the hub's layout, or of a name on the hub: NAME, NAME:CONFIG:SPLIT."""
-    name, *rest = source.split(":")
-    if len(rest) > 2:
-        raise UserError(f"{source}: write NAME:CONFIGURATION:SPLIT for a data set on the hub")
-    config, split = (rest + ["", ""])[:2]
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        known = ", ".join(tasks.TASKS)
-        what = f"neither a file nor a task ({known})"
-        if hub_folder(source).is_dir():
-            what = "a folder"
-        message = (f"{source}: is {what}; to read a folder or a name on the Hugging Face hub "
-                   "first `pip install datasets`")
-        raise UserError(message) from None
-    try:
-        rows = load_dataset(name, config or None, split=split or "train")
-        for i, row in enumerate(rows, 1):
-            yield f"{source}, row {i}", row
-    except Exception as e:  # the library raises many kinds, and each means that nothing can be read
-        reason = shorten(" ".join(str(e).split()))
-        message = (f"{source}: neither a file here nor a data set that loads ({reason}); "
-                   "NAME:CONFIGURATION:SPLIT names a configuration and a split other than train")
-        raise UserError(message) from None
-
-
-def read_parquet(source):
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"{source}: to read parquet first `pip install pyarrow`") from None
-    try:
-        i = 0
-        for part in parquet.ParquetFile(source).iter_batches():
-            for row in part.to_pylist():
-                i += 1
-                yield f"{source}, row {i}", row
-    except (OSError, ValueError) as e:
-        raise UserError(f"{source}: cannot be read as parquet ({e})") from None
-
-
-def read_json_lines(source, file):
-    for i, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                message = f"{source}:{i}: not valid JSON ({e.msg} at column {e.colno})"
-                raise UserError(message) from None
-            yield f"{source}:{i}", row
-
-
-def read_json(source, file):
-    """One list of rows. Also one object per line, which many files named .json are."""
-    head = list(islice((line.strip() for line in file if line.strip()), 2))
-    file.seek(0)
-    if len(head) == 2 and head[0].startswith("{") and head[0].endswith("}"):
-        yield from read_json_lines(source, file)
-        return
-    try:
-        rows = json.load(file)
-    except json.JSONDecodeError as e:
-        message = f"{source}:{e.lineno}: not valid JSON ({e.msg} at column {e.colno})"
-        raise UserError(message) from None
-    if not isinstance(rows, list):
-        message = (f"{source}: a .json file must hold one list of rows, or one object per line; "
-                   f"this one holds {shorten(rows, 60)}")
-        raise UserError(message)
-    for i, row in enumerate(rows, 1):
-        yield f"{source}, row {i}", row
-
-
-def read_csv(source, file, delimiter=","):
-    """The first line names the fields. An empty cell is a field without a value."""
-    csv.field_size_limit(2**31 - 1)
-    table = csv.DictReader(file, delimiter=delimiter, restkey="", strict=True)
-    try:
-        for row in table:
-            where = f"{source}:{table.line_num}"
-            if "" in row:
-                message = (f"{where}: there are more cells than in the first line; put a text that "
-                           f"holds {delimiter!r} into double quotes")
-                raise UserError(message)
-            yield where, {name: cell or None for name, cell in row.items()}
-    except csv.Error as e:
-        raise UserError(f"{source}:{table.line_num}: not valid CSV ({e})") from None
-
-
-def read_tsv(source, file):
-    return read_csv(source, file, delimiter="\t")
-
-
-def read_paragraphs(source, file):
-    """Plain text: what is between blank lines is a row."""
-    paragraphs = [p for p in re.split(r"\n\s*\n", file.read()) if p.strip()]
-    for i, paragraph in enumerate(paragraphs, 1):
-        yield f"{source}, paragraph {i}", {"text": paragraph}
-
-
-TEXT_FILES = {
-    ".jsonl": read_json_lines,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-    ".txt": read_paragraphs,
-}
-
-
-def read_text_file(source, kind):
-    opener = open
-    how = "UTF-8 text"
-    if source.endswith(".gz"):
-        opener = gzip.open
-        how = "gzipped UTF-8 text"
-    newline = None
-    if kind in (".csv", ".tsv"):
-        newline = ""  # a cell may hold line ends, which are the csv module's to read
-    try:
-        # utf-8-sig is UTF-8 that may begin with a byte order mark
-        with opener(source, "rt", encoding="utf-8-sig", newline=newline) as file:
-            yield from TEXT_FILES[kind](source, file)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise UserError(f"{source}: cannot be read as {how} ({e})") from None
-    except OSError as e:
-        raise UserError(f"{source}: cannot be read ({e.strerror})") from None
-
-
-def read(source):
-    """Yields (where, row) of any source."""
-    if tasks.is_function(source):
-        yield from read_task_or_function(source)
-        return
-    path = Path(source)
-    kind = Path(source.removesuffix(".gz")).suffix
-    if not path.is_file():
-        looks_like_a_file = kind in TEXT_FILES or kind in (".parquet", ".py")
-        if looks_like_a_file or path.is_absolute() or source.count("/") > 1:
-            if not hub_folder(source).is_dir():
-                raise UserError(f"{source}: no such file")
-        yield from read_hub(source)
-    elif source.endswith(".parquet"):
-        yield from read_parquet(source)
-    elif kind in TEXT_FILES:
-        yield from read_text_file(source, kind)
-    elif kind == ".py":
-        raise UserError(f"{source}: write {source}:FUNCTION, a generator of rows")
-    else:
-        suffixes = "".join(path.suffixes)
-        known = " ".join(TEXT_FILES)
-        message = (f"{source}: unknown kind of file {suffixes!r}; known are {known}, these with "
-                   ".gz, and .parquet")
-        raise UserError(message)
-
-
-def split_weight(text):
-    """'a.jsonl:0.7' to ("a.jsonl", 0.7); the weight is None where there is none."""
-    name, colon, weight = text.rpartition(":")
-    if not colon:
-        return text, None
-    try:
-        return name, float(weight)
-    except ValueError:
-        return text, None  # a colon that belongs to the name
-
-
-def parse_sources(data, flag="--data"):
-    """'a.jsonl:0.7,b.json:0.3' to [(source, weight or None), ...]."""
-    sources = []
-    for item in data.split(","):
-        if item.strip():
-            sources.append(split_weight(item.strip()))
-    if not sources:
-        raise UserError(f"{flag} is empty: name a file, a task or a data set")
-    weights = [weight for _, weight in sources]
-    if all(weight is None for weight in weights):
-        return sources
-    for weight in weights:
-        if weight is None or not 0 < weight < float("inf"):
-            raise UserError(f"{flag} {data}: give every source a weight above 0, or none")
-    return sources
-
+VERSION = 3  # of the layout of the cached files
 
 # -----------------------------------------------------------------------------
 # template and tokens
@@ -650,7 +158,7 @@ def answer_ids(texts, template, tokenizer):
 
 @dataclass
 class Summary:
-    """What is known of a source beside its tokens (info.json)."""
+    """What is known of a source besides its tokens (info.json)."""
     unusable: int = 0            # rows that cannot be used
     first_unusable: str = ""     # where the first of them is, and why
     columns: list = field(default_factory=list)  # names of all fields in the source
@@ -721,8 +229,9 @@ def tokenize(source, columns, template, tokenizer, folder):
     rows.npy      (rows, 5) int64: where in it the prompt begins, and where each of the four ends;
                   the span of an answer that a row does not have is empty
     hash.npy      (rows,) uint64: hash of the prompt
-    fields.jsonl, fields.npy, info.json: fields for reward functions, (rows + 1,) where each
-                  row's begin, and the Summary
+    fields.jsonl  the fields of each row for reward functions; none, if no row has any
+    fields.npy    (rows + 1,) int64: where in it the fields of each row begin
+    info.json     the Summary
     """
     summary = Summary()
     bounds = array("q")
@@ -750,7 +259,10 @@ def tokenize(source, columns, template, tokenizer, folder):
         raise UserError(no_rows(source, summary))
     np.save(folder / "rows.npy", np.frombuffer(bounds, dtype=np.int64).reshape(-1, 5))
     np.save(folder / "hash.npy", np.frombuffer(hashes, dtype=np.uint64))
-    np.save(folder / "fields.npy", np.frombuffer(field_bounds, dtype=np.int64))
+    if summary.fields:
+        np.save(folder / "fields.npy", np.frombuffer(field_bounds, dtype=np.int64))
+    else:
+        (folder / "fields.jsonl").unlink()
     (folder / "info.json").write_text(json.dumps(asdict(summary)))
 
 
@@ -777,7 +289,7 @@ def content_hash(source):
                 while block := file.read(2**20):
                     h.update(block)
         except OSError as e:
-            raise UserError(f"{source}: cannot be read ({e.strerror})") from None
+            raise UserError(f"{source}: cannot be read ({e.strerror or e})") from None
     else:
         files = hub_folder(source).rglob("*")  # none, of a name on the hub
         times = sorted((str(file), file.stat().st_mtime_ns) for file in files)
@@ -785,11 +297,13 @@ def content_hash(source):
     return h.hexdigest()
 
 
+@functools.cache
 def token_code():
-    """This file above class Rows, without comments: all code that decides on tokens."""
+    """The code that decides on tokens, without comments: sources.py, and this file above Rows."""
     first_line = inspect.getsourcelines(Rows)[1]
     lines = Path(__file__).read_text().splitlines()[: first_line - 1]
-    return ast.dump(ast.parse("\n".join(lines)))
+    code = [Path(sources.__file__).read_text(), "\n".join(lines)]
+    return [ast.dump(ast.parse(text)) for text in code]
 
 
 def fingerprint(source, content, columns, template, tokenizer):
@@ -847,8 +361,8 @@ def make_folder(folder, source, content, columns, template, tokenizer):
         os.replace(new, folder)
     except OSError as e:
         if not folder.exists():  # else another run was faster, with the same content
-            message = (f"the token cache {CACHE} cannot be written ({e.strerror}); set the "
-                       "environment variable FLATRLHF_CACHE to another folder")
+            message = (f"the token cache {CACHE} cannot be written ({e.strerror or e}); set "
+                       "the environment variable FLATRLHF_CACHE to another folder")
             raise UserError(message) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -952,30 +466,35 @@ def load(data, step, split, held_out, template, tokenizer, max_len, columns="", 
     weights = None
     if sources[0][1] is not None:
         weights = [weight for _, weight in sources]
-    numbers = [np.flatnonzero(part.kept) for part in parts]  # of each source
+    train, test = join_sources(parts, weights)
+    for rows, name in ((train, "to train on"), (test, "held out")):
+        if not len(rows):
+            hashes = np.concatenate([part.hashes[part.selected] for part in parts])
+            prompts = len(np.unique(hashes))
+            message = (f"{flag} {data}: no row is {name} (--split {split or 'all'}, --held-out "
+                       f"{held_out}); {len(hashes):,} rows with {prompts:,} different prompts are "
+                       "too few")
+            raise UserError(message)
+    return train, test
+
+
+def join_sources(parts, weights):
+    """(train, held_out), both Rows, of the SourceRows of all sources."""
+    numbers = [np.flatnonzero(part.selected) for part in parts]  # of each source
     number = np.concatenate(numbers)
     source = np.repeat(np.arange(len(parts)), [len(n) for n in numbers])
-    bounds = np.concatenate([part.bounds[n] for part, n in zip(parts, numbers)])
-    is_held_out = np.concatenate([part.held_out[n] for part, n in zip(parts, numbers)])
-
+    bounds = np.concatenate([part.bounds[part.selected] for part in parts])
+    is_held_out = np.concatenate([part.held_out[part.selected] for part in parts])
     tokens = [part.tokens for part in parts]
     field_files = [part.field_file for part in parts]
 
     def take(indices):
         return Rows(tokens, bounds[indices], source[indices], number[indices], field_files, weights)
 
-    train = take(np.flatnonzero(~is_held_out))
-    # An evaluation takes the first ones, so they must be a sample of all sources.
-    test = take(np.random.default_rng(0).permutation(np.flatnonzero(is_held_out)))
-    for rows, name in ((train, "to train on"), (test, "held out")):
-        if not len(rows):
-            hashes = [part.hashes[n] for part, n in zip(parts, numbers)]
-            prompts = len(np.unique(np.concatenate(hashes)))
-            message = (f"{flag} {data}: no row is {name} (--split {split or 'all'}, --held-out "
-                       f"{held_out}); {len(number):,} rows with {prompts:,} different prompts are "
-                       "too few")
-            raise UserError(message)
-    return train, test
+    train = np.flatnonzero(~is_held_out)
+    # an evaluation takes the first ones, so they must be a sample of all sources
+    test = np.random.default_rng(0).permutation(np.flatnonzero(is_held_out))
+    return take(train), take(test)
 
 
 class SourceRows:
@@ -1014,12 +533,7 @@ class SourceRows:
             no_prompt = (lengths[:, 0] == 1) & np.isin(first_tokens, special)
             self.leave_out(no_prompt, "without a prompt")
         if not self.fits.any():
-            what = " and ".join(needed) or "a prompt"
-            columns = ", ".join(map(str, self.summary.columns))
-            message = (f"{self.name}: no row has {what}, which this step needs. The rows have "
-                       f"{columns}, and are read as {', '.join(self.summary.formats)} "
-                       f"(--columns {(needed or ['prompt'])[0]}=NAME gives a field another name)")
-            raise UserError(message)
+            raise UserError(self.nothing_for_step(needed))
 
         if step == "reward":
             equal = []
@@ -1034,16 +548,27 @@ class SourceRows:
         if not self.fits.any():
             raise UserError(f"{self.name}: no row is left ({'; '.join(self.left_out)})")
 
+    def nothing_for_step(self, needed):
+        names = "a prompt"
+        column = "prompt"
+        if needed:
+            names = " and ".join(needed)
+            column = needed[0]
+        columns = ", ".join(map(str, self.summary.columns))
+        formats = ", ".join(self.summary.formats)
+        return (f"{self.name}: no row has {names}, which this step needs. The rows have {columns}, "
+                f"and are read as {formats} (--columns {column}=NAME gives a field another name)")
+
     def divide(self, low, high, held_out):
-        """Sets `kept`, the rows of this step, and `held_out`; prints how many rows there are."""
+        """Sets `selected`, the rows of this step, and `held_out`; prints their numbers."""
         u = self.hashes / 2.0**64
-        self.kept = self.fits & (u >= low) & (u < high)
+        self.selected = self.fits & (u >= low) & (u < high)
         # other digits than those of the split, so that every step holds the same share out
         self.held_out = (self.hashes % np.uint64(10_000)) < held_out * 10_000
-        train = int((self.kept & ~self.held_out).sum())
-        held = int((self.kept & self.held_out).sum())
+        train_count = int((self.selected & ~self.held_out).sum())
+        test_count = int((self.selected & self.held_out).sum())
         count = len(self.bounds) + self.summary.unusable
-        line = f"data: {self.name}: {train:,} rows, {held:,} held out, of {count:,}"
+        line = f"data: {self.name}: {train_count:,} rows, {test_count:,} held out, of {count:,}"
         if self.left_out:
             line += f" (left out: {'; '.join(self.left_out)})"
         print0(line)
@@ -1094,11 +619,11 @@ def epoch_order(rows, epoch, seed):
     if rows.weights is None:
         return rng.permutation(len(rows))
     by_source = [np.flatnonzero(rows.source == k) for k in range(len(rows.weights))]
-    scale = min(len(mine) / weight for mine, weight in zip(by_source, rows.weights))
+    scale = min(len(indices) / weight for indices, weight in zip(by_source, rows.weights))
     taken = []
-    for mine, weight in zip(by_source, rows.weights):
+    for indices, weight in zip(by_source, rows.weights):
         count = max(1, int(scale * weight))
-        taken.append(rng.permutation(mine)[:count])
+        taken.append(rng.permutation(indices)[:count])
     return rng.permutation(np.concatenate(taken))
 
 

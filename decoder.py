@@ -172,10 +172,9 @@ BLOOM = Family(
 )
 QWEN3 = replace(LLAMA, qk_norms=("self_attn.q_norm", "self_attn.k_norm"))
 OLMO2 = replace(
-    LLAMA,
+    QWEN3,
     norm1="post_attention_layernorm",
     norm2="post_feedforward_layernorm",
-    qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
     block=norm_of_output,
 )
 PHI3 = replace(
@@ -241,7 +240,8 @@ class Linear(NamedTuple):
 
     def outputs(self, part):
         """The same projection with some of its outputs (a slice): views, no copy."""
-        bias, lora = self.bias, self.lora
+        bias = self.bias
+        lora = self.lora
         if bias is not None:
             bias = bias[part]
         if lora is not None:
@@ -455,12 +455,15 @@ class Decoder:
 
         self.layers = None                                    # until load()
         self.slopes = self.cos = self.sin = None
-        self.tp, self.tp_rank, self.group = tp, 0, None
+        self.tp = tp
+        self.tp_rank = 0
+        self.group = None
         if tp > 1:
             self.init_tensor_parallel()
 
     def init_tensor_parallel(self):
-        config, tp = self.config, self.tp
+        config = self.config
+        tp = self.tp
         inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
         counts = {
             "ranks": dist.get_world_size() if dist.is_initialized() else 1,
@@ -643,7 +646,8 @@ class Decoder:
         if self.embed_norm is not None:
             x, _ = self.embed_norm(x)
 
-        delta, residual = x, None
+        delta = x
+        residual = None
         for layer in self.layers:
             attention = partial(self.attention, layer, attend)
             mlp = partial(self.mlp, layer)

@@ -70,6 +70,15 @@ def row_keys(seed, n):
     return kernels.hash32(torch.tensor([s & 0xFFFFFFFF for s in seed]))
 
 
+def as_tuple(eos_token_id):
+    """The ids of an EOS that is one id, a list of ids, or None."""
+    if eos_token_id is None:
+        return ()
+    if isinstance(eos_token_id, int):
+        return (eos_token_id,)
+    return tuple(eos_token_id)
+
+
 # -----------------------------------------------------------------------------
 # the KV cache
 
@@ -103,7 +112,8 @@ class KVCache:
         self.release()
         S = self.plan(rows, capacity)
         self.capacity = capacity
-        decoder, device = self.decoder, self.decoder.device
+        decoder = self.decoder
+        device = decoder.device
         shape = (decoder.num_layers, S, decoder.num_kv_heads, capacity, decoder.head_dim)
         self.k_cache = torch.zeros(shape, dtype=decoder.embed.dtype, device=device)
         self.v_cache = torch.zeros_like(self.k_cache)
@@ -151,8 +161,9 @@ class KVCache:
         """Bytes that could be allocated now."""
         decoder = self.decoder
         if decoder.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info()
-            free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            device = decoder.device
+            free, _ = torch.cuda.mem_get_info(device)
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         else:
             free = psutil.virtual_memory().available
         if decoder.tp > 1:
@@ -204,32 +215,39 @@ def addresses(tensors):
 class CUDAGraphs:
     """Decode steps as CUDA graphs, one for each batch size and way of sampling.
 
-    A graph repeats its kernels at the addresses that they had when it was captured. So it is
-    valid as long as no tensor moves: over optimizer steps, over rollouts, and over release() if
-    the next KV cache happens to get the same memory.
+    A graph repeats its kernels at the addresses of their tensors when it was captured. So it stays
+    valid over rollouts and optimizer steps, as long as no tensor moves. release() drops all graphs,
+    because training gets their memory and that of the KV cache, which then is elsewhere.
     """
 
     def __init__(self):
         self.graphs = {}
         self.compiled = set()                                 # keys whose kernels exist
-        self.weights = self.cache = None                      # addresses
-        self.stream = self.pool = None
+        self.weights = None                                   # addresses
+        self.cache = None
+        self.stream = None
+        self.pool = None
 
     def check(self, weights, cache):
         """Drops the graphs if one of the tensors that they use has moved."""
-        weights, cache = addresses(weights), addresses(cache)
+        weights = addresses(weights)
+        cache = addresses(cache)
         if weights != self.weights:
             self.compiled = set()  # Triton compiles again for pointers of another alignment
         if weights != self.weights or cache != self.cache:
-            self.graphs = {}
-            # NOTE: a pool without graphs takes no new ones while cuBLAS has its workspace in it
-            # (torch 2.11), so the next graphs get a new pool.
-            self.pool = None
-        self.weights, self.cache = weights, cache
+            self.drop()
+        self.weights = weights
+        self.cache = cache
+
+    def drop(self):
+        self.graphs = {}
+        # NOTE: a pool without graphs takes no new ones while cuBLAS has its workspace in it (torch
+        # 2.11), so the next graphs get a new pool.
+        self.pool = None
 
     def run(self, key, step):
-        """Runs step(), a function that only launches kernels. The first time as it is, since
-        kernels cannot be compiled during a capture."""
+        """Runs step(), a function that only launches kernels. The first step of a kind runs as it
+        is, because its kernels are compiled, which cannot happen during a capture."""
         if key not in self.compiled:
             self.compiled.add(key)
             step()
@@ -246,9 +264,8 @@ class CUDAGraphs:
             # workspace of its stream, which graphs of another engine could still be using.
             self.stream = torch.cuda.Stream()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-        ):
+        where = dict(pool=self.pool, stream=self.stream)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local", **where):
             step()
         return graph
 
@@ -299,8 +316,8 @@ class Requests:
     def __init__(self, prompts, keys, max_new_tokens, capacity, device):
         """prompts: a list of arrays; keys (N,) an array."""
         N = len(prompts)
-        self.lengths = np.array([len(prompt) for prompt in prompts])          # (N,)
-        self.prompts = np.zeros((N, self.lengths.max()), dtype=np.int64)      # (N, P)
+        self.prompt_lens = np.array([len(prompt) for prompt in prompts])      # (N,)
+        self.prompts = np.zeros((N, self.prompt_lens.max()), dtype=np.int64)  # (N, P)
         for row, prompt in zip(self.prompts, prompts):
             row[: len(prompt)] = prompt
         self.keys = keys
@@ -311,20 +328,22 @@ class Requests:
 
     def rollout(self, rows):
         """The results of some rows (a slice)."""
-        tokens, logprobs = self.out_tokens[rows], self.out_logprobs[rows]     # (n, C)
-        lengths = self.out_lengths[rows]
+        lengths = self.out_lengths[rows]                                      # (n,)
         device = lengths.device
-        prompt_lens = torch.from_numpy(self.lengths[rows]).to(device)
-        answer_lens = lengths - prompt_lens
+        prompt_lens = torch.from_numpy(self.prompt_lens[rows]).to(device)     # (n,)
+        answer_lens = lengths - prompt_lens                                   # (n,)
 
-        # The slot of a row had other rows before it: what they wrote further back is not its own.
-        T, A = int(lengths.max()), int(answer_lens.max())
+        # Past the end of a row there may be tokens of rows that had its slot before.
+        T = int(lengths.max())
         mask = torch.arange(T, device=device) < lengths[:, None]
-        tokens = torch.where(mask, tokens[:, :T], 0)                          # (n, T)
+        tokens = torch.where(mask, self.out_tokens[rows, :T], 0)              # (n, T)
+
+        A = int(answer_lens.max())
         index = torch.arange(A, device=device)
         mask = index < answer_lens[:, None]
         index = torch.where(mask, prompt_lens[:, None] + index, 0)
-        logprobs = torch.where(mask, logprobs.gather(1, index), 0)            # (n, A)
+        logprobs = self.out_logprobs[rows].gather(1, index)
+        logprobs = torch.where(mask, logprobs, 0)                             # (n, A)
         return Rollout(tokens, prompt_lens, answer_lens, logprobs)
 
 
@@ -383,6 +402,7 @@ class HybridEngine:
 
     def release(self):
         """Gives back the memory of the KV cache, and of ZeRO-3 and tensor-parallel copies."""
+        self.graphs.drop()
         self.cache.release()
         self.decoder.release()
         self.requests = None
@@ -394,10 +414,11 @@ class HybridEngine:
     def step(self):
         """Prompts enter, all running rows get new tokens, finished rows leave. This is all that
         the host does between steps, and it waits for the device only in ended_slots()."""
+        ended = []
         while self.can_admit():
             self.admit()
-        ended = self.ended_slots()
-        if not ended:  # a row may end with its first token, which admit() samples
+            ended = self.ended_slots()  # a row may end with its first token
+        if not ended:
             self.close_gaps()
             self.decode()
             ended = self.ended_slots()
@@ -412,12 +433,13 @@ class HybridEngine:
     def admit(self):
         """Waiting prompts take free slots: prefill, and the first token of each answer."""
         start = time.perf_counter()
-        requests, cache = self.requests, self.cache
+        requests = self.requests
+        cache = self.cache
         rows = self.next_rows()
         slots = self.free_slots()[: len(rows)]
         self.running.update(zip(slots, rows))
         slot_of = dict(zip(rows, slots))
-        groups = group_by_prompt(rows, requests.prompts, requests.lengths)
+        groups = group_by_prompt(rows, requests.prompts, requests.prompt_lens)
         rows = np.concatenate(groups)                                         # (n,)
         slots = np.array([slot_of[row] for row in rows])                      # (n,)
 
@@ -429,25 +451,26 @@ class HybridEngine:
         source = slots[first][group_of_row]                                   # (n,)
         copied = source != slots
         if copied.any():
-            longest = requests.lengths[rows[copied]].max()
+            longest = int(requests.prompt_lens[rows[copied]].max())
             cache.copy(self.tensor(source[copied]), self.tensor(slots[copied]), longest)
 
         slots = self.tensor(slots)
-        lengths = self.tensor(requests.lengths[rows])
+        lengths = self.tensor(requests.prompt_lens[rows])
         cache.tokens[slots, : requests.prompts.shape[1]] = self.tensor(requests.prompts[rows])
         cache.lengths[slots] = lengths
         cache.max_lengths[slots] = lengths + requests.max_new_tokens
         cache.keys[slots] = self.tensor(requests.keys[rows])
         cache.done[slots] = False
         self.append(logits[self.tensor(group_of_row)], slots)
-        self.count("prefill", start, int(requests.lengths[rows[first]].sum()))
+        self.count("prefill", start, int(requests.prompt_lens[rows[first]].sum()))
 
     def next_rows(self):
         """The waiting rows that enter now: as many as there are slots, and tokens for a prefill."""
         free = len(self.cache.slots) - len(self.running)
-        rows, tokens = [], 0
+        rows = []
+        tokens = 0
         while self.waiting and len(rows) < free:
-            tokens += self.requests.lengths[self.waiting[0]]
+            tokens += self.requests.prompt_lens[self.waiting[0]]
             if rows and tokens > PREFILL_TOKENS[self.decoder.device.type]:
                 break
             rows.append(self.waiting.popleft())
@@ -498,7 +521,8 @@ class HybridEngine:
         """Rows that have ended leave their slots, and are copied to the results."""
         if not ended:
             return
-        requests, cache = self.requests, self.cache
+        requests = self.requests
+        cache = self.cache
         rows = self.tensor([self.running.pop(slot) for slot in ended])
         slots = self.tensor(ended)
         requests.out_tokens[rows] = cache.tokens[slots]
@@ -521,7 +545,7 @@ class HybridEngine:
         """Computes the prompts of these rows into these slots, (n,) arrays. Returns the logits
         after each prompt, (n, V)."""
         requests = self.requests
-        lengths = requests.lengths[rows]
+        lengths = requests.prompt_lens[rows]
         mask = np.arange(lengths.max()) < lengths[:, None]                    # (n, P)
         tokens = self.tensor(requests.prompts[rows, : lengths.max()][mask])   # (N,) packed
         positions = self.tensor(np.nonzero(mask)[1])                          # (N,)
@@ -550,14 +574,16 @@ class HybridEngine:
 
         def attend(layer, q, k, v):
             q, k = self.rope_and_cache(layer, q, k, v, slots, positions)
-            k_cache, v_cache = cache.k_cache[layer.index], cache.v_cache[layer.index]
+            k_cache = cache.k_cache[layer.index]
+            v_cache = cache.v_cache[layer.index]
             return kernels.decode_attention(q, k_cache, v_cache, key_lengths, layer.spec)
 
         hidden = self.decoder.forward(tokens, positions, attend)              # (n, E)
         self.append(self.decoder.logits(hidden), slots)
 
     def rope_and_cache(self, layer, q, k, v, slots, positions):
-        k_cache, v_cache = self.cache.k_cache[layer.index], self.cache.v_cache[layer.index]
+        k_cache = self.cache.k_cache[layer.index]
+        v_cache = self.cache.v_cache[layer.index]
         cos = sin = None
         if layer.rotary:
             cos, sin = self.decoder.cos, self.decoder.sin
@@ -617,11 +643,7 @@ class HybridEngine:
         self.running = {}                                                     # slot: row
 
         self.sampling = (temperature, top_k, top_p)
-        if eos_token_id is None:
-            eos_token_id = ()
-        elif isinstance(eos_token_id, int):
-            eos_token_id = (eos_token_id,)
-        self.eos_ids = tuple(eos_token_id)
+        self.eos_ids = as_tuple(eos_token_id)
         if self.eos_ids not in self.eos_tensors:
             eos = torch.tensor(self.eos_ids, dtype=torch.long, device=device)
             self.eos_tensors[self.eos_ids] = eos
@@ -668,8 +690,11 @@ class HybridEngine:
 
     def finish_stats(self, rollout):
         """Adds the sampled tokens, and how fast decode has read memory."""
-        stats, decoder, k_cache = self.stats, self.decoder, self.cache.k_cache
-        prompt_lens, answer_lens = rollout.prompt_lens, rollout.answer_lens
+        stats = self.stats
+        decoder = self.decoder
+        k_cache = self.cache.k_cache
+        prompt_lens = rollout.prompt_lens
+        answer_lens = rollout.answer_lens
         stats["decode_tokens"] += int(answer_lens.sum())
         # Decode has to read all weights in every step, and the keys and values of every row at
         # each of its lengths.
@@ -689,11 +714,35 @@ class HybridEngine:
 # the slow path
 
 
+class TemperedLogprobs:
+    """A logits processor for transformers that tempers and filters, and writes down the
+    log-probability of every sampled token. It keeps the distribution of one step, not of all."""
+
+    def __init__(self, temperature, top_k, top_p):
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.prev_logprobs = None                                             # (N, V)
+        self.of_tokens = []                                                   # (N, 1) per step
+
+    def __call__(self, tokens, logits):
+        """tokens (N, T) until now, logits (N, V) of the next one."""
+        if self.prev_logprobs is not None:
+            self.add(tokens)
+        logits = logits.float() / (self.temperature or 1)
+        logits = kernels.top_k_top_p_filter(logits, self.top_k, self.top_p)
+        self.prev_logprobs = logits.log_softmax(-1)
+        return self.prev_logprobs
+
+    def add(self, tokens):
+        self.of_tokens.append(self.prev_logprobs.gather(1, tokens[:, -1:]))
+
+
 class HFEngine:
     """`transformers.generate` behind the same interface, for models that FAMILIES does not have.
 
     Prompts are left-padded and all rows run until the last one ends. Under ZeRO-3 every layer is
-    gathered for every token. Randomness belongs to the call and not to the row: one seed per call.
+    gathered for every token. Randomness belongs to the call and not to the row.
     """
 
     def __init__(self, model):
@@ -704,95 +753,78 @@ class HFEngine:
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
                  eos_token_id=None, seed=None):
         """See HybridEngine.generate."""
+        from transformers import GenerationConfig, LogitsProcessorList
+
         start = time.perf_counter()
         device = next(self.module.parameters()).device
-        eos = eos_token_id or []
-        if isinstance(eos_token_id, int):
-            eos = [eos_token_id]
-        eos = list(eos)
+        eos_ids = as_tuple(eos_token_id)
         prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device)
         P = int(prompt_lens.max())
         tokens = torch.zeros(len(prompts), P, dtype=torch.long, device=device)
         for row, prompt in zip(tokens, prompts):
             row[P - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask = torch.arange(P, device=device) >= P - prompt_lens[:, None]
+        mask = torch.arange(P, device=device) >= P - prompt_lens[:, None]     # (N, P)
 
-        sampling = (temperature, top_k, top_p)
-        out, logprobs = self.run(tokens, mask.long(), max_new_tokens, sampling, eos, seed)
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            eos_token_id=list(eos_ids) or None,
+            pad_token_id=0,
+            num_beams=1,
+        )
+        if temperature > 0:
+            config.update(temperature=1.0, top_k=0, top_p=1.0)  # the processor does all of it
+        processor = TemperedLogprobs(temperature, top_k, top_p)
+        out = self.run(
+            seed,
+            inputs=tokens,
+            attention_mask=mask.long(),
+            generation_config=config,
+            synced_gpus=any(hasattr(p, "ds_id") for p in self.module.parameters()),
+            logits_processor=LogitsProcessorList([processor]),
+        )
+        processor.add(out)
+
         answers = out[:, P:]                                                  # (N, A)
-        eos = torch.tensor(eos, dtype=torch.long, device=device)
-        is_eos = torch.isin(answers, eos)
+        is_eos = torch.isin(answers, torch.tensor(eos_ids, dtype=torch.long, device=device))
         answer_lens = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, answers.size(1))
-        A = int(answer_lens.max())
-        mask = torch.arange(A, device=device) < answer_lens[:, None]
         rows = []
         for prompt, answer, n in zip(prompts, answers, answer_lens):
             rows.append(torch.cat([torch.tensor(prompt, device=device), answer[:n]]))
-        rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)        # (N, T)
+        A = int(answer_lens.max())
+        mask = torch.arange(A, device=device) < answer_lens[:, None]
+        # Past the end of an answer top-k or top-p may leave -inf for the padding: not x * mask.
+        logprobs = torch.where(mask, torch.cat(processor.of_tokens, 1)[:, :A], 0)
         self.stats = {
             "generate_s": time.perf_counter() - start,
             "decode_tokens": int(answer_lens.sum()),
         }
-        # With top-k or top-p the padding that transformers writes has a log-probability of -inf.
-        logprobs = torch.where(mask, logprobs[:, :A], 0)
+        rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)        # (N, T)
         return Rollout(rows, prompt_lens, answer_lens, logprobs)
 
-    def run(self, tokens, mask, max_new_tokens, sampling, eos, seed):
-        """Calls transformers. tokens, mask (N, P), left-padded. Returns tokens (N, P + A), and the
-        log-probabilities of the last A of them."""
-        from transformers import GenerationConfig, LogitsProcessorList
+    def run(self, seed, **call):
+        """module.generate(**call) with random numbers of its own, and the model as it should be."""
+        from transformers import GenerationConfig
 
         module = self.module
-        temperature, top_k, top_p = sampling
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            eos_token_id=eos or None,
-            pad_token_id=0,
-            num_beams=1,
-        )
-        if temperature > 0:  # the processor below does all of it
-            config.update(temperature=1.0, top_k=0, top_p=1.0)
-        prev_logprobs = None                                                  # (N, V)
-        logprobs = []                                                         # (N, 1) per step
-
-        def processor(tokens, logits):
-            """Ours and not that of transformers, to see the distribution of each step: it is kept
-            until its token is known, and never (N, A, V) of them."""
-            nonlocal prev_logprobs
-            if prev_logprobs is not None:
-                logprobs.append(prev_logprobs.gather(1, tokens[:, -1:]))
-            logits = logits.float() / (temperature or 1)
-            logits = kernels.top_k_top_p_filter(logits, top_k, top_p)
-            prev_logprobs = logits.log_softmax(-1)
-            return prev_logprobs
-
-        devices = [tokens.device] if tokens.is_cuda else []
+        training = module.training
+        own_config = module.generation_config
+        devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if isinstance(seed, int):
                 torch.manual_seed(int(row_keys(seed, 1)))
             elif seed is not None:
                 torch.manual_seed(int(kernels.hash32(row_keys(seed, len(seed)).sum())))
-            # NOTE: a model that trains with gradient checkpointing drops the KV cache, so eval().
-            # And transformers takes what `config` leaves open, such as a repetition penalty, from
-            # the model's own generation config: then it would sample from another distribution
-            # than the one that is trained.
-            training, own_config = module.training, module.generation_config
+            # NOTE: while it trains with gradient checkpointing, a model makes no KV cache. And what
+            # `call` leaves open, such as a repetition penalty, transformers takes from the model's
+            # own config: then it would sample from another distribution than the trained one.
             try:
                 module.eval()
                 module.generation_config = GenerationConfig()
-                out = module.generate(
-                    tokens,
-                    attention_mask=mask,
-                    generation_config=config,
-                    synced_gpus=any(hasattr(p, "ds_id") for p in module.parameters()),
-                    logits_processor=LogitsProcessorList([processor]),
-                )
+                return module.generate(**call)
             finally:
                 module.train(training)
                 module.generation_config = own_config
-        logprobs.append(prev_logprobs.gather(1, out[:, -1:]))
-        return out, torch.cat(logprobs, 1)
 
     def stream(self, prompt, *args, **kwargs):
         tokens = self.generate([prompt], *args, **kwargs).tokens[0]

@@ -156,9 +156,7 @@ def attend(q, k, v, bias, spec):
     """
     if spec.softcap == 0:
         return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
+            q, k, v,
             attn_mask=bias,
             is_causal=bias is None,
             scale=spec.scale,
@@ -282,15 +280,28 @@ def find_sequence(pid, cu_seqlens_ptr, B, BM: tl.constexpr, BB: tl.constexpr):
 
 @jit(do_not_specialize=["B"])  # else Triton compiles again for B = 1 and for multiples of 16
 def prefill_kernel(
-    q_ptr, k_ptr, v_ptr,  # (N, H, D), (N, K, D), (N, K, D)
-    cu_seqlens_ptr, slopes_ptr, out_ptr,  # (B + 1,), (H,) or None, (N, H, D)
-    B, scale,
-    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,  # of tokens and heads
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    BB: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,  # BN divides BM
+    q_ptr,  # (N, H, D)
+    k_ptr,  # (N, K, D)
+    v_ptr,  # (N, K, D)
+    cu_seqlens_ptr,  # (B + 1,)
+    slopes_ptr,  # (H,) or None
+    out_ptr,  # (N, H, D)
+    B,
+    scale,  # includes LOG2E
+    stride_qn, stride_qh,  # from token to token, from head to head
+    stride_kn, stride_kh,
+    stride_vn, stride_vh,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,  # divides BM
 ):
+    """Program (i, h) computes up to BM queries of head h; find_sequence says which."""
     head = tl.program_id(1)
     # The last queries see the most keys, so they start first.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -381,15 +392,25 @@ def prefill_attention_triton(q, k, v, cu_seqlens, spec):
     BM, BN, stages = prefill_tile(D, q.element_size(), hopper)
     prefill_kernel[N // BM + B, H](
         q, k, v,
-        cu_seqlens, spec.slopes, out,
-        B, spec.scale * LOG2E.value,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        H=H, G=H // k.size(1), D=D,
-        WINDOW=spec.window, SOFTCAP=spec.softcap,
+        cu_seqlens,
+        spec.slopes,
+        out,
+        B,
+        spec.scale * LOG2E.value,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        H=H,
+        G=H // k.size(1),
+        D=D,
+        WINDOW=spec.window,
+        SOFTCAP=spec.softcap,
         BB=max(64, next_power_of_2(B)),  # a floor, so that most batches share a compiled kernel
         BD=max(16, next_power_of_2(D)),  # tl.dot needs 16
-        BM=BM, BN=BN,
-        num_warps=8, num_stages=stages,
+        BM=BM,
+        BN=BN,
+        num_warps=8,
+        num_stages=stages,
     )
     return out
 
@@ -426,15 +447,26 @@ def decode_attention(q, k_cache, v_cache, lengths, spec):
 
 @jit
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr,  # (B, H, D), (slots, K, C, D), (slots, K, C, D)
-    lengths_ptr, slopes_ptr,  # (B,), (H,) or None
-    out_ptr, lse_ptr,  # (B, H, S, D), (B, H, S): partial outputs and log2 of their weights
-    scale,             # or, where S is 1: (B, H, D), None
-    stride_qb, stride_qh, stride_slot, stride_head, stride_token,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    BG: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    q_ptr,  # (B, H, D)
+    k_ptr,  # (slots, K, C, D)
+    v_ptr,  # (slots, K, C, D)
+    lengths_ptr,  # (B,)
+    slopes_ptr,  # (H,) or None
+    out_ptr,  # (B, H, S, D)
+    lse_ptr,  # (B, H, S) log2 of the weight of each split, or None if S is 1
+    scale,  # includes LOG2E
+    stride_qb, stride_qh,
+    stride_slot, stride_head, stride_token,  # of both caches
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BG: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
 ):
+    """Program (s, k, b) attends from the G queries of key head k in row b to the keys of split s."""
     split = tl.program_id(0)
     S = tl.num_programs(0)
     key_head = tl.program_id(1)
@@ -490,9 +522,13 @@ def decode_kernel(
 
 @jit(do_not_specialize=["S"])
 def merge_kernel(
-    parts_ptr, lse_ptr, out_ptr,  # (B, H, S, D), (B, H, S), (B, H, D)
+    parts_ptr,  # (B, H, S, D)
+    lse_ptr,  # (B, H, S)
+    out_ptr,  # (B, H, D)
     S,
-    D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """Merges the splits of decode_kernel: the average of parts with weights 2^lse.
 
@@ -548,18 +584,27 @@ def decode_attention_triton(q, k_cache, v_cache, lengths, spec):
         lse = q.new_empty(B, H, S, dtype=torch.float32)
     decode_kernel[S, K, B](
         q, k_cache, v_cache,
-        lengths, spec.slopes,
-        parts, lse,
+        lengths,
+        spec.slopes,
+        parts,
+        lse,
         spec.scale * LOG2E.value,
-        *q.stride()[:2], *k_cache.stride()[:3],
-        H=H, G=H // K, D=D,
-        WINDOW=spec.window, SOFTCAP=spec.softcap,
-        BG=max(16, next_power_of_2(H // K)), BD=BD, BN=BN,
-        num_warps=4 if D <= 128 else 8, num_stages=3,
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        H=H,
+        G=H // K,
+        D=D,
+        WINDOW=spec.window,
+        SOFTCAP=spec.softcap,
+        BG=max(16, next_power_of_2(H // K)),
+        BD=BD,
+        BN=BN,
+        num_warps=4 if D <= 128 else 8,
+        num_stages=3,
     )
     if S > 1:
-        # BS has a floor, so that most batches share a compiled kernel.
-        merge_kernel[(B * H,)](parts, lse, out, S, D=D, BS=max(16, next_power_of_2(S)), BD=BD)
+        BS = max(16, next_power_of_2(S))  # a floor, so that most batches share a compiled kernel
+        merge_kernel[(B * H,)](parts, lse, out, S, D=D, BS=BS, BD=BD)
     return out
 
 
@@ -600,8 +645,16 @@ def rope_and_cache(q, k, v, k_cache, v_cache, slots, positions, cos=None, sin=No
 
 @jit
 def load_rotated(
-    x_ptr, cos_ptr, sin_ptr, position, stride_h, HEADS: tl.constexpr,
-    D: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+    x_ptr,  # (HEADS, D)
+    cos_ptr,
+    sin_ptr,
+    position,
+    stride_h,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BH: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """Loads the heads of one token, rotated: (BH, BD). Returns them and their mask.
 
@@ -624,35 +677,46 @@ def load_rotated(
 
 @jit
 def rope_cache_kernel(
-    q_ptr, k_ptr, v_ptr,  # (N, H, D), (N, K, D), (N, K, D)
-    q_out_ptr, k_out_ptr,  # (N, H, D), (N, K, D)
-    k_cache_ptr, v_cache_ptr,  # (slots, K, C, D), (slots, K, C, D)
-    slots_ptr, positions_ptr,  # (N,), (N,)
-    cos_ptr, sin_ptr,  # (C or more, R / 2), (C or more, R / 2)
-    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
-    stride_slot, stride_head, stride_token,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    BH: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    q_ptr,  # (N, H, D)
+    k_ptr,  # (N, K, D)
+    v_ptr,  # (N, K, D)
+    q_out_ptr,  # (N, H, D)
+    k_out_ptr,  # (N, K, D)
+    k_cache_ptr,  # (slots, K, C, D)
+    v_cache_ptr,  # (slots, K, C, D)
+    slots_ptr,  # (N,)
+    positions_ptr,  # (N,)
+    cos_ptr,  # (C or more, R / 2) or None
+    sin_ptr,  # (C or more, R / 2) or None
+    stride_qn, stride_qh,
+    stride_kn, stride_kh,
+    stride_vn, stride_vh,
+    stride_slot, stride_head, stride_token,  # of both caches
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BH: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
 ):
+    """Program n rotates and stores the heads of token n."""
     n = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + n).to(tl.int64)
     position = tl.load(positions_ptr + n).to(tl.int64)
     offs_k = tl.arange(0, BK)[:, None]
     offs_d = tl.arange(0, BD)
-    offs_cache = (  # (BK, BD)
-        slot * stride_slot + offs_k.to(tl.int64) * stride_head + position * stride_token + offs_d
-    )
+    offs_cache = slot * stride_slot + offs_k.to(tl.int64) * stride_head
+    offs_cache = offs_cache + position * stride_token + offs_d          # (BK, BD)
     k, k_mask = load_rotated(
-        k_ptr + n * stride_kn, cos_ptr, sin_ptr, position, stride_kh, K, D, R, BK, BD
-    )
+        k_ptr + n * stride_kn, cos_ptr, sin_ptr, position, stride_kh, K, D, R, BK, BD)
     v = tl.load(v_ptr + n * stride_vn + offs_k * stride_vh + offs_d, mask=k_mask, other=0.0)
     tl.store(k_cache_ptr + offs_cache, k, mask=k_mask)
     tl.store(v_cache_ptr + offs_cache, v, mask=k_mask)
     if R > 0:
         tl.store(k_out_ptr + (n * K + offs_k) * D + offs_d, k, mask=k_mask)
         q, q_mask = load_rotated(
-            q_ptr + n * stride_qn, cos_ptr, sin_ptr, position, stride_qh, H, D, R, BH, BD
-        )
+            q_ptr + n * stride_qn, cos_ptr, sin_ptr, position, stride_qh, H, D, R, BH, BD)
         offs_h = tl.arange(0, BH)[:, None]
         tl.store(q_out_ptr + (n * H + offs_h) * D + offs_d, q, mask=q_mask)
 
@@ -681,10 +745,17 @@ def rope_and_cache_triton(q, k, v, k_cache, v_cache, slots, positions, cos=None,
         k_cache, v_cache,
         slots, positions,
         cos, sin,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
         *k_cache.stride()[:3],
-        H=H, K=K, D=D, R=R,
-        BH=next_power_of_2(H), BK=next_power_of_2(K), BD=next_power_of_2(D),
+        H=H,
+        K=K,
+        D=D,
+        R=R,
+        BH=next_power_of_2(H),
+        BK=next_power_of_2(K),
+        BD=next_power_of_2(D),
         num_warps=4 if H * D <= 2048 else 8,
     )
     return q_out, k_out
@@ -714,10 +785,16 @@ def add_norm(x, residual, weight, bias, eps, rms):
 
 @jit
 def add_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr,  # (N, E), (N, E) or None, (E,), (E,) or None
-    normed_ptr, total_ptr,  # (N, E), (N, E)
+    x_ptr,  # (N, E)
+    residual_ptr,  # (N, E) or None
+    weight_ptr,  # (E,)
+    bias_ptr,  # (E,) or None
+    normed_ptr,  # (N, E)
+    total_ptr,  # (N, E), written where there is a residual
     eps,
-    E: tl.constexpr, RMS: tl.constexpr, BE: tl.constexpr,
+    E: tl.constexpr,
+    RMS: tl.constexpr,
+    BE: tl.constexpr,
 ):
     offs_e = tl.arange(0, BE)
     mask = offs_e < E
@@ -756,7 +833,9 @@ def add_norm_triton(x, residual, weight, bias, eps, rms):
         x, residual, weight, bias,
         normed, total,
         eps,
-        E=E, RMS=rms, BE=BE,
+        E=E,
+        RMS=rms,
+        BE=BE,
         num_warps=min(max(BE // 512, 1), 16),
     )
     return normed, total
@@ -848,10 +927,18 @@ def inverse_cdf(mass, target, SIZE: tl.constexpr):
 
 @jit
 def sample_kernel(
-    logits_ptr, u_ptr, tokens_ptr, logprobs_ptr,  # (B, V), (B,), (B,), (B,)
-    V, stride, temperature,
-    GREEDY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    logits_ptr,  # (B, V)
+    u_ptr,  # (B,)
+    tokens_ptr,  # (B,)
+    logprobs_ptr,  # (B,)
+    V,
+    stride,  # from row to row of the logits
+    temperature,
+    GREEDY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # a power of two, BLOCKS * BLOCK >= V
 ):
+    """Program b samples the token of row b. z are the logits after temperature."""
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * stride
     offs = tl.arange(0, BLOCK)
@@ -899,9 +986,14 @@ def sample_triton(logits, u, temperature, greedy=False):
     logprobs = u.new_empty(B, dtype=torch.float32)
     BLOCK = min(4096, next_power_of_2(V))
     sample_kernel[(B,)](
-        logits, u, tokens, logprobs,
-        V, logits.stride(0), float(temperature),
-        GREEDY=greedy, BLOCK=BLOCK, BLOCKS=next_power_of_2(cdiv(V, BLOCK)),
+        logits, u,
+        tokens, logprobs,
+        V,
+        logits.stride(0),
+        float(temperature),
+        GREEDY=greedy,
+        BLOCK=BLOCK,
+        BLOCKS=next_power_of_2(cdiv(V, BLOCK)),
         num_warps=8,
     )
     return tokens, logprobs
@@ -929,11 +1021,16 @@ def logit_stats(logits, targets, temperature):
 
 @jit
 def logit_stats_kernel(
-    logits_ptr, targets_ptr,  # (n, V), (n,)
-    logprobs_ptr, lse_ptr, entropy_ptr,  # (n,), (n,), (n,)
-    V, temperature,
+    logits_ptr,  # (n, V)
+    targets_ptr,  # (n,)
+    logprobs_ptr,  # (n,)
+    lse_ptr,  # (n,)
+    entropy_ptr,  # (n,)
+    V,
+    temperature,
     BLOCK: tl.constexpr,
 ):
+    """One pass over a row. z are the logits after temperature."""
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * V
     offs = tl.arange(0, BLOCK)
@@ -966,7 +1063,8 @@ def logit_stats_triton(logits, targets, temperature):
     logit_stats_kernel[(n,)](
         logits, targets,
         logprobs, lse, entropy,
-        V, float(temperature),
+        V,
+        float(temperature),
         BLOCK=min(4096, next_power_of_2(V)),
         num_warps=8,
     )
@@ -991,9 +1089,14 @@ def logit_grads(logits, targets, lse, entropy, g, g_entropy, temperature):
 
 @jit
 def logit_grads_kernel(
-    logits_ptr, targets_ptr,  # (n, V), (n,)
-    lse_ptr, entropy_ptr, g_ptr, g_entropy_ptr,  # (n,) each
-    V, temperature,
+    logits_ptr,  # (n, V), overwritten with their gradient
+    targets_ptr,  # (n,)
+    lse_ptr,  # (n,)
+    entropy_ptr,  # (n,)
+    g_ptr,  # (n,)
+    g_entropy_ptr,  # (n,)
+    V,
+    temperature,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -1015,8 +1118,11 @@ def logit_grads_triton(logits, targets, lse, entropy, g, g_entropy, temperature)
     BLOCK = min(4096, next_power_of_2(V))
     logit_grads_kernel[n, cdiv(V, BLOCK)](
         logits, targets,
-        lse, entropy, g.contiguous(), g_entropy.contiguous(),
-        V, float(temperature),
+        lse, entropy,
+        g.contiguous(),
+        g_entropy.contiguous(),
+        V,
+        float(temperature),
         BLOCK=BLOCK,
         num_warps=8,
     )

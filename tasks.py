@@ -3,8 +3,8 @@
 A task is a name for rows and a checker: `toy` is rows to train on, and a function that says
 exactly whether an answer is right. Its name can be given as a source (--data toy) and as a
 reward (--reward toy); its accuracy is logged as `gold`. To add a task, write a generator of rows
-and a checker, and put them into TASKS. Neither needs to stand in this file: --data file.py:function
-reads rows from a generator of yours, and --reward file.py:function scores with a function of yours.
+and a checker, and put them into TASKS. Without an edit of this file, --data file.py:function reads
+rows from a generator of yours, and --reward file.py:function scores with a function of yours.
 
 A reward function is called as TRL calls one, so the same function works in both: by keyword, with
 `prompts` and `completions` (lists of text) and one list for each field of the rows that is not
@@ -135,13 +135,6 @@ class Task:
 TASKS = {"toy": Task(rows=toy, check=toy_accuracy)}
 
 
-def checker(data):
-    """The checker (prompt, answer) -> float of --data, if that is one task and nothing else."""
-    if data in TASKS:
-        return TASKS[data].check
-    return None
-
-
 # -----------------------------------------------------------------------------
 # functions from a user's file
 
@@ -153,7 +146,7 @@ def is_function(spec):
 
 @contextmanager
 def folder_on_path(folder):
-    """Context manager: modules beside the user's file can be imported."""
+    """Context manager: modules in the folder of the user's file can be imported."""
     sys.path.insert(0, str(folder))
     try:
         yield

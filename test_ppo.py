@@ -4,16 +4,17 @@ of it, in plain loops over one row.
 
     pytest test_ppo.py -k formula       # one part
 """
+import contextlib
+import copy
 import dataclasses
 import json
 import math
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from testing import (  # before torch: it sets environment variables
-    HERE, TEMPLATE, model_of, ragged, ranks, train, write_rows)
+    TEMPLATE, model_of, ragged, ranks, train, write_rows)
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ import sft
 import tasks
 import training
 import utils
+from hybrid_engine import Rollout
 from models import RewardModel
 
 # What all runs below have in common: 240 rows, a few steps of 8 rows.
@@ -495,6 +497,1074 @@ def test_a_rank_computes_its_share_of_a_step_in_micro_batches_of_at_most_the_siz
     assert utils.micro_batch_size(16, 99) == (8, 1)
 
 
+def test_the_learning_rate_warms_up_over_3_percent_of_the_steps_and_falls_to_a_tenth():
+    schedule = [utils.cosine_schedule(step, 200) for step in range(200)]
+    assert schedule[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    for step in range(6, 200):
+        angle = math.pi * (step - 6) / 194
+        assert schedule[step] == pytest.approx(0.1 + 0.9 * (1 + math.cos(angle)) / 2)
+    assert schedule[-1] == pytest.approx(0.1, abs=1e-3)
+    assert utils.cosine_schedule(0, 1) == 1, "a single step is a whole one"
+
+
+def test_lines_past_the_checkpoint_that_a_run_resumes_from_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1, "x": 1}\n', '{"step": 2, "x": 2}\n', '{"step": 3, "x": 3}\n']
+    path.write_text("".join(lines) + '{"step": 3, "y"')  # the process ended while it wrote
+    with utils.append_lines(path, "step", 2) as file:
+        file.write("new\n")
+    assert path.read_text() == "".join(lines[:2]) + "new\n"
+    utils.append_lines(path, "step", 0).close()
+    assert path.read_text() == "", "a run from the start drops them all"
+
+
+def test_a_file_that_is_being_replaced_is_the_old_one_until_it_is_the_new_one(
+        tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    utils.atomic_write(path, "old")
+
+    def rename(self, target):
+        assert Path(self).read_text() == "new", "whole before it takes the place"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            utils.atomic_write(path, "new")
+        assert path.read_text() == "old"
+    utils.atomic_write(path, "new")
+    assert path.read_text() == "new"
+
+
+# -----------------------------------------------------------------------------
+# the phases, one by one
+
+
+def test_advantages_come_from_penalized_scores_and_the_logged_score_does_not():
+    """The constants of ppo.py stand here once more, as numbers."""
+    mask, (logprobs, ref_logprobs, values, _) = random_batch(ROWS_WITH_HOLES)
+    batch = batch_of(mask=mask, sample_logprobs=logprobs + 1)
+    batch.logprobs, batch.ref_logprobs, batch.values = logprobs, ref_logprobs, values
+    a = torch.tensor([0.5, -0.5, 1.0, 7.0, -3.0], dtype=torch.float64)
+    b = torch.tensor([1.0, 2.0, -4.0, 0.0, -3.5], dtype=torch.float64)
+    batch.scores = {"a": a, "b": b}
+    scorers = [ppo.Scorer("a", 1.0), ppo.Scorer("b", 0.5)]
+    metrics = ppo.estimate_advantages(batch, scorers, ppo.Config(kl_coef=0.3))
+
+    total = a + 0.5 * b
+    advantages = []
+    for row in range(5):
+        penalized = total[row].item()
+        if not batch.finished[row]:
+            penalized -= 1.0
+        log_ratios = []
+        for p, q in zip(sampled(logprobs, mask, row), sampled(ref_logprobs, mask, row)):
+            log_ratios.append(p - q)
+        assert batch.kl[row].item() == pytest.approx(sum(log_ratios))
+        rewards = [-0.3 * x for x in log_ratios]
+        rewards[-1] += min(max(penalized, -5.0), 5.0)
+        assert sampled(batch.rewards, mask, row) == pytest.approx(rewards)
+        row_values = sampled(values, mask, row)
+        advantages += naive_gae(row_values, rewards, gamma=1.0, lam=0.95)
+    raw = np.array(advantages)
+    whitened = (raw - raw.mean()) / np.sqrt(raw.var() + 1e-8)
+    np.testing.assert_allclose(batch.advantages[mask], whitened)
+    returns = raw + values[mask].numpy()
+    np.testing.assert_allclose(batch.returns[mask], returns, err_msg="of what is not whitened")
+
+    log_ratio = (logprobs - ref_logprobs)[mask]
+    k3 = (-log_ratio).exp() - 1 + log_ratio
+    errors = values[mask].numpy() - returns
+    assert metrics == pytest.approx({
+        "score": total.mean().item(),
+        "score_std": total.std().item(),
+        "score_clipped": 2 / 5,  # 7.0, and -4.75 less the penalty
+        "kl": log_ratio.sum().item() / 5,
+        "kl_k3": k3.sum().item() / 5,
+        "advantage_mean": raw.mean(),
+        "advantage_std": raw.std(),
+        "score_a": a.mean().item(),
+        "score_a_std": a.std().item(),
+        "score_b": b.mean().item(),
+        "score_b_std": b.std().item(),
+        "return_mean": returns.mean(),
+        "explained_variance": 1 - errors.var() / returns.var(),
+    })
+
+
+def test_with_a_single_update_per_rollout_kl_is_measured_with_the_samplers_logprobs():
+    mask, (logprobs, ref_logprobs, values, _) = random_batch(WHOLE_ROWS)
+    batch = batch_of(mask=mask, sample_logprobs=logprobs)
+    batch.ref_logprobs, batch.values = ref_logprobs, values
+    batch.scores = {"a": torch.zeros(5, dtype=torch.float64)}
+    ppo.estimate_advantages(batch, [ppo.Scorer("a", 1.0)], ppo.Config(minibatches=1))
+    torch.testing.assert_close(batch.kl, ((logprobs - ref_logprobs) * mask).sum(1))
+
+
+def test_each_epoch_has_every_row_once_and_all_but_the_first_are_shuffled_each_its_own_way():
+    cfg = ppo.Config(batch_size=32, minibatches=4, ppo_epochs=3)
+    epochs = {}
+    for iteration in (1, 2):
+        steps = list(ppo.minibatches(32, cfg, iteration))
+        assert [len(rows) for rows in steps] == [8] * 12
+        for epoch in range(3):
+            order = np.concatenate(steps[4 * epoch : 4 * epoch + 4]).tolist()
+            assert sorted(order) == list(range(32))
+            epochs[iteration, epoch] = tuple(order)
+    assert epochs[1, 0] == epochs[2, 0] == tuple(range(32)), "a rollout is in random order already"
+    assert len(set(epochs.values())) == 5
+    other_seed = list(ppo.minibatches(32, dataclasses.replace(cfg, seed=2), 1))
+    assert tuple(np.concatenate(other_seed[4:8])) != epochs[1, 1]
+
+
+class CountingEMA:
+    def __init__(self):
+        self.updates = 0
+
+    def update(self):
+        self.updates += 1
+
+
+def update_with(monkeypatch, approx_kls, norms):
+    """ppo.update with steps that move the policy so far and have gradients of these norms.
+    Returns its metrics and the number of updates of the EMA."""
+    remaining = list(zip(approx_kls, norms))
+
+    def update_step(*_):
+        approx_kl, norm = remaining.pop(0)
+        totals = utils.Totals()
+        totals.add(torch.ones(1, 1, dtype=torch.bool), approx_kl=torch.tensor([[approx_kl]]))
+        return totals, [norm, norm]
+
+    monkeypatch.setattr(ppo, "update_step", update_step)
+    ema = CountingEMA()
+    cfg = ppo.Config(batch_size=4, minibatches=2, ppo_epochs=2)
+    metrics = ppo.update(batch_of(B=4), None, "critic", ema, None, cfg, 2, 1)
+    return metrics, ema.updates
+
+
+def test_the_epochs_on_a_rollout_end_after_a_step_that_moved_the_policy_more_than_a_tenth_of_a_nat(
+        monkeypatch):
+    metrics, _ = update_with(monkeypatch, [0.05, 0.09, 0.11, 0.0], [1.0, 1.0, 2.0, 1.0])
+    assert metrics["steps"] == 3
+    assert metrics["approx_kl"] == pytest.approx(0.25 / 3)
+    assert metrics["actor_grad_norm"] == 2.0, "of the last step"
+    metrics, _ = update_with(monkeypatch, [0.09] * 4, [1.0] * 4)
+    assert metrics["steps"] == 4
+
+
+def test_the_ema_takes_each_step_of_the_actor_and_none_that_was_skipped(monkeypatch):
+    _, updates = update_with(monkeypatch, [0.0] * 4, [1.0, None, 1.0, 1.0])
+    assert updates == 3
+
+
+class ScriptedSampler:
+    """A sampler whose answers are given: prompt (a tuple of ids) -> answer ids."""
+
+    def __init__(self, answers):
+        self.answers = answers
+        self.released = False
+
+    def generate(self, prompts, max_new_tokens, temperature, eos_token_id, seed):
+        self.arguments = (max_new_tokens, temperature, eos_token_id, seed)
+        answers = [self.answers[tuple(prompt)] for prompt in prompts]
+        tokens, _ = data.pad([p + a for p, a in zip(prompts, answers)])
+        answer_lens = torch.tensor([len(a) for a in answers])
+        logprobs = -torch.ones(len(answers), int(answer_lens.max()))
+        prompt_lens = torch.tensor([len(p) for p in prompts])
+        return Rollout(tokens, prompt_lens, answer_lens, logprobs)
+
+    def release(self):
+        self.released = True
+
+
+class ThreeRows:
+    """Prompts "a", "bc", "d", with a field."""
+
+    def __init__(self, tokenizer):
+        self.prompts = tokenizer(["a", "bc", "d"])["input_ids"]
+
+    def prompt(self, i):
+        return self.prompts[i]
+
+    def fields(self, indices):
+        return {"target": [10 * int(i) for i in indices]}
+
+
+def test_a_rollout_says_which_tokens_were_sampled_which_answers_ended_and_what_their_rows_hold(
+        tok):
+    utils.init_distributed(0)
+    eos = tok.eos_token_id
+    rows = ThreeRows(tok)
+    a, bc, d = [tuple(prompt) for prompt in rows.prompts]
+    sampler = ScriptedSampler(
+        {a: tok("AB")["input_ids"] + [eos], bc: tok("C")["input_ids"], d: [eos]})
+    indices = np.array([1, 0, 2, 0])
+    cfg = ppo.Config(max_new_tokens=3, temperature=0.7)
+    batch = ppo.rollout(sampler, rows, indices, [5, 6, 7, 8], cfg, tok)
+    assert sampler.arguments == (3, 0.7, eos, [5, 6, 7, 8])
+    assert sampler.released, "its memory is needed for training"
+    assert batch.mask.tolist() == [
+        [True, False, False], [True, True, True], [True, False, False], [True, True, True]]
+    assert batch.finished.tolist() == [False, True, True, True]
+    assert batch.prompts == ["bc", "a", "d", "a"]
+    assert batch.answers == ["C", "AB", "", "AB"]
+    assert batch.row_fields == {"target": [10, 0, 20, 0]}
+    assert batch.lengths.tolist() == [3, 4, 2, 4]
+
+
+def scored_batch():
+    """A batch of 4 rows and four models of plain arithmetic that read it."""
+    batch = batch_of(B=4)
+
+    def actor(tokens, prompt_lens, answer_lens, temperature):
+        width = int(answer_lens.max())
+        return tokens[:, :1].float().expand(-1, width) * temperature, None
+
+    def ref(tokens, prompt_lens, answer_lens, temperature):
+        logprobs, _ = actor(tokens, prompt_lens, answer_lens, temperature)
+        return -logprobs, None
+
+    def critic(tokens):
+        return tokens.float()
+
+    def reward_model(tokens):
+        return tokens.float() * 2
+
+    return batch, actor, ref, critic, reward_model
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_scoring_asks_every_model_about_every_row_and_spares_what_a_single_update_does_not_need(
+        minibatches, monkeypatch):
+    utils.init_distributed(0)
+    monkeypatch.setattr(training, "on_device", lambda *_: contextlib.nullcontext())
+    batch, actor, ref, critic, reward_model = scored_batch()
+    scorers = [
+        ppo.Scorer("model", 1.0, model=reward_model),
+        ppo.Scorer("rule", 0.5, function=lambda prompts, answers, fields: fields["target"]),
+    ]
+    cfg = ppo.Config(batch_size=4, minibatches=minibatches, temperature=0.5)
+    ppo.score(batch, actor, ref, critic, scorers, cfg, micro_batch=1)
+
+    for row in range(4):
+        p, a = int(batch.prompt_lens[row]), int(batch.answer_lens[row])
+        tokens = batch.tokens[row].tolist()
+        values = [float(x) for x in tokens[p - 1 : p - 1 + a]]
+        assert batch.values[row].tolist() == values + [0] * (7 - a), "of the state before a token"
+        assert batch.scores["model"][row] == 2 * tokens[p + a - 1], "at the last token"
+        assert (batch.ref_logprobs[row, :a] == -0.5 * tokens[0]).all()
+        if minibatches == 2:
+            assert (batch.logprobs[row, :a] == 0.5 * tokens[0]).all()
+    assert batch.scores["rule"].tolist() == [0, 1, 2, 3]
+    total = ppo.total_score(batch, scorers)
+    torch.testing.assert_close(total, batch.scores["model"] + 0.5 * batch.scores["rule"])
+    if minibatches == 1:
+        assert batch.logprobs is None, "one forward less: the first ratio is 1 anyway"
+
+
+# -----------------------------------------------------------------------------
+# the three scripts a second time: float64, rows one by one, no padding, no micro batches, nothing
+# of ours but the order of the rows. Written from the papers.
+
+
+def exact(model):
+    """A model in float64."""
+    return model.double().eval()
+
+
+def exact_policy(folder):
+    return exact(models.load_lm(folder, torch.float32))
+
+
+class ExactRewardModel:
+    """A folder of reward.py, read with transformers alone."""
+
+    def __init__(self, folder):
+        from transformers import AutoModelForSequenceClassification
+
+        self.model = exact(AutoModelForSequenceClassification.from_pretrained(folder))
+        self.offset = getattr(self.model.config, "score_offset", 0.0)
+        self.scale = getattr(self.model.config, "score_scale", 1.0)
+
+    def __call__(self, tokens):
+        """The value of each prefix of a row."""
+        hidden = self.model.model(torch.tensor([tokens])).last_hidden_state[0]
+        return (self.model.score(hidden)[:, 0] - self.offset) * self.scale
+
+
+def exact_logprobs(lm, prompt, answer, temperature=1.0):
+    """Log-probability of each answer token, and the entropy where it was chosen."""
+    logits = lm(torch.tensor([prompt + answer])).logits[0] / temperature
+    logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0], entropy
+
+
+class Adam:
+    """Kingma and Ba 2015, algorithm 1, on a gradient that is clipped to norm 1."""
+
+    def __init__(self, model, eps):
+        self.params = list(model.parameters())
+        self.m = [torch.zeros_like(p) for p in self.params]
+        self.v = [torch.zeros_like(p) for p in self.params]
+        self.eps = eps
+        self.t = 0
+
+    def step(self, loss, lr, beta1=0.9, beta2=0.99):
+        """Returns the norm of the gradient before it is clipped."""
+        gradients = torch.autograd.grad(loss, self.params)
+        norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+        self.t += 1
+        with torch.no_grad():
+            for p, m, v, g in zip(self.params, self.m, self.v, gradients):
+                g = g * min(1.0, 1.0 / norm)
+                m.mul_(beta1).add_(g * (1 - beta1))
+                v.mul_(beta2).add_(g**2 * (1 - beta2))
+                m_hat = m / (1 - beta1**self.t)
+                v_hat = v / (1 - beta2**self.t)
+                p -= lr * m_hat / (v_hat.sqrt() + self.eps)
+        return norm
+
+
+def exact_schedule(step, total):
+    """Of sft.py and reward.py, where a run is shorter than 34 steps: one step of warm-up."""
+    if step == 0:
+        return 1.0
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 1) / (total - 1)))
+
+
+def distance(model, other, start):
+    """How far apart two models' weights are, as a share of the way from where they started."""
+    apart = moved = 0.0
+    for p, q, s in zip(model.parameters(), other.parameters(), start.parameters()):
+        apart += (p.double() - q.double()).square().sum().item()
+        moved += (q.double() - s.double()).square().sum().item()
+    assert moved > 0
+    return math.sqrt(apart / moved)
+
+
+def rows_of_steps(source, step, flags, tokenizer, names):
+    """The data of a run: its rows, and the indices of each step (in order, without end)."""
+    rows, _ = data.load(source, step, "", 0.2, TEMPLATE, tokenizer, flags["max_len"])
+    return rows, data.steps(rows, rows.lengths(*names), flags["batch_size"], 1)
+
+
+def test_sft_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_path):
+    start = chain["sft"][0]
+    flags = dict(STEPS, model=start, data=toy_file, epochs=0.22, micro_batch=3, lr=1e-3)
+    metrics = train(sft, tmp_path / "sft", **flags)
+
+    lm = exact_policy(start)
+    adam = Adam(lm, 1e-8)
+    rows, batches = rows_of_steps(toy_file, "sft", flags, tok, ["response"])
+    for step, row in enumerate(metrics):
+        _, indices = next(batches)
+        logprobs = []
+        for i in indices:
+            logprobs.append(exact_logprobs(lm, rows.prompt(i), rows.answer(i, "response"))[0])
+        loss = -torch.cat(logprobs).mean()  # over all tokens of the step
+        lr = 1e-3 * exact_schedule(step, len(metrics))
+        norm = adam.step(loss, lr)
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        assert row["lr"] == pytest.approx(lr)
+    assert len(metrics) == 5
+    got = models.load_lm(str(tmp_path / "sft"), torch.float32)
+    assert distance(got, lm, exact_policy(start)) < 5e-4
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The models that DeepSpeed is given to train, and copies of them as they were then."""
+    pairs = []
+    real = training.train_engine
+
+    def train_engine(model, *arguments):
+        pairs.append((model, copy.deepcopy(model)))
+        return real(model, *arguments)
+
+    monkeypatch.setattr(training, "train_engine", train_engine)
+    return pairs
+
+
+def test_reward_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_path, started):
+    flags = dict(STEPS, model=chain["sft"][0], data=toy_file, epochs=0.22, micro_batch=3, lr=1e-3)
+    metrics = train(reward, tmp_path / "reward", **flags)
+    [(trained, start)] = started
+
+    start.model.save_pretrained(tmp_path / "start")  # the backbone of the SFT model, a random head
+    model = ExactRewardModel(tmp_path / "start")
+    adam = Adam(model.model, 1e-8)
+    rows, batches = rows_of_steps(toy_file, "reward", flags, tok, ["chosen", "rejected"])
+    for step, row in enumerate(metrics):
+        _, indices = next(batches)
+        margins, sums = [], []
+        for i in indices:
+            chosen = model(rows.prompt(i) + rows.answer(i, "chosen"))[-1]
+            rejected = model(rows.prompt(i) + rows.answer(i, "rejected"))[-1]
+            margins.append(chosen - rejected)
+            sums.append(chosen + rejected)
+        margins = torch.stack(margins)
+        loss = torch.log1p((-margins).exp()).mean()
+        centering = 0.003 * torch.stack(sums).square().mean()  # Eisenstein et al. 2023
+        lr = 1e-3 * exact_schedule(step, len(metrics))
+        norm = adam.step(loss + centering, lr)
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert row["margin"] == pytest.approx(margins.mean().item(), rel=1e-3, abs=1e-5)
+        assert row["accuracy"] == (margins > 0).double().mean()
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert row["lr"] == pytest.approx(lr)
+    assert len(metrics) == 5
+    assert distance(trained, model.model, start) < 1e-3
+
+
+# What the second version of PPO and ppo.py are given.
+EXACT = dict(
+    batch_size=16, minibatches=2, ppo_epochs=2, micro_batch=4, iterations=2, max_new_tokens=8,
+    temperature=0.8, actor_lr=3e-4, critic_lr=3e-4, kl_coef=0.2, ema=0.7, ptx_coef=0.5, seed=1)
+
+
+class ExactPPO:
+    """PPO on given answers. A row is prompt ids, answer ids, and a mask (a,) of the answer's tokens
+    that the policy sampled; all numbers below are of sampled tokens."""
+
+    def __init__(self, sft_folder, reward_folder, tokenizer):
+        self.actor = exact_policy(sft_folder)
+        self.ref = exact_policy(sft_folder)
+        self.ema = exact_policy(sft_folder)
+        self.critic = ExactRewardModel(reward_folder)
+        self.reward_model = ExactRewardModel(reward_folder)
+        self.actor_adam = Adam(self.actor, 1e-5)
+        self.critic_adam = Adam(self.critic.model, 1e-5)
+        self.tokenizer = tokenizer
+
+    def logprobs(self, lm, prompt, answer, mask):
+        logprobs, entropy = exact_logprobs(lm, prompt, answer, EXACT["temperature"])
+        return logprobs[mask], entropy[mask]
+
+    def values(self, prompt, answer, mask):
+        """The critic's, of the state before each token."""
+        return self.critic(prompt + answer)[len(prompt) - 1 : -1][mask]
+
+    def score(self, prompt, answer):
+        """The reward model's score, and 0.3 for each letter."""
+        letters = len(self.tokenizer.decode(answer, skip_special_tokens=True))
+        return self.reward_model(prompt + answer)[-1].item() + 0.3 * letters
+
+    @torch.no_grad()
+    def judge(self, rows):
+        """What each token was worth. Keeps a list for every quantity, an entry per row, and
+        returns what is logged."""
+        self.old_logprobs, self.old_values, self.advantages = [], [], []
+        scores, kls, k3s = [], [], []
+        for prompt, answer, mask in rows:
+            logprobs, _ = self.logprobs(self.actor, prompt, answer, mask)
+            ref_logprobs, _ = self.logprobs(self.ref, prompt, answer, mask)
+            values = self.values(prompt, answer, mask)
+            score = self.score(prompt, answer)
+            log_ratio = logprobs - ref_logprobs
+            rewards = (-EXACT["kl_coef"] * log_ratio).tolist()
+            penalty = 0.0 if answer[-1] == self.tokenizer.eos_token_id else 1.0
+            rewards[-1] += min(max(score - penalty, -5.0), 5.0)
+            advantages = naive_gae(values.tolist(), rewards, gamma=1.0, lam=0.95)
+            self.old_logprobs.append(logprobs)
+            self.old_values.append(values)
+            self.advantages.append(torch.tensor(advantages, dtype=torch.float64))
+            scores.append(score)
+            kls.append(log_ratio.sum().item())
+            k3s.append(((-log_ratio).exp() - 1 + log_ratio).sum().item())
+        self.returns = [a + v for a, v in zip(self.advantages, self.old_values)]
+        raw = torch.cat(self.advantages)
+        std = raw.std(unbiased=False)
+        self.advantages = [(a - raw.mean()) / std for a in self.advantages]
+        returns = torch.cat(self.returns)
+        errors = torch.cat(self.old_values) - returns
+        return {
+            "score": np.mean(scores),
+            "score_std": np.std(scores, ddof=1),
+            "kl": np.mean(kls),
+            "kl_k3": np.mean(k3s),
+            "advantage_mean": raw.mean().item(),
+            "advantage_std": std.item(),
+            "return_mean": returns.mean().item(),
+            "explained_variance": 1 - (errors.var() / returns.var()).item(),
+        }
+
+    def token_losses(self, i, prompt, answer, mask):
+        """Of row i: the losses of its tokens, and what is logged of them."""
+        logprobs, entropy = self.logprobs(self.actor, prompt, answer, mask)
+        ratio = (logprobs - self.old_logprobs[i]).exp()
+        advantages = self.advantages[i]
+        gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        values = self.values(prompt, answer, mask)
+        change = values - self.old_values[i]
+        clipped = self.old_values[i] + change.clamp(-0.2, 0.2)
+        error = torch.maximum(
+            (values - self.returns[i]).square(), (clipped - self.returns[i]).square())
+        return {
+            "actor_loss": -gain,
+            "critic_loss": error / 2,
+            "entropy": entropy,
+            "ratio_mean": ratio,
+            "approx_kl": ratio - 1 - ratio.log(),
+            "clip_frac": ((ratio - 1).abs() > 0.2).double(),
+            "value_clip_frac": (change.abs() > 0.2).double(),
+        }
+
+    def step(self, rows, indices, texts, lr_scale):
+        """One optimizer step of actor and critic; texts: the mixture's rows. Returns the losses and
+        what is logged of all its tokens, and the norms of the gradients."""
+        parts = [self.token_losses(i, *rows[i]) for i in indices]
+        tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        text_logprobs = torch.cat([exact_logprobs(self.actor, *text)[0] for text in texts])
+        actor_loss = tokens["actor_loss"].mean() - EXACT["ptx_coef"] * text_logprobs.mean()
+        actor_norm = self.actor_adam.step(actor_loss, EXACT["actor_lr"] * lr_scale)
+        critic_loss = tokens["critic_loss"].mean()
+        critic_norm = self.critic_adam.step(critic_loss, EXACT["critic_lr"] * lr_scale)
+        with torch.no_grad():
+            for average, p in zip(self.ema.parameters(), self.actor.parameters()):
+                average.mul_(EXACT["ema"]).add_(p * (1 - EXACT["ema"]))
+        return tokens, (actor_norm, critic_norm)
+
+    def iteration(self, number, rows, texts):
+        """Returns its metrics. texts: a generator of the mixture's rows for each step."""
+        lr_scale = 1 - (number - 1) / EXACT["iterations"]
+        metrics = self.judge(rows)
+        steps = []
+        for epoch in range(EXACT["ppo_epochs"]):
+            order = np.arange(len(rows))
+            if epoch > 0:
+                order = np.random.default_rng([1, number, epoch]).permutation(len(rows))
+            for indices in np.split(order, EXACT["minibatches"]):
+                tokens, norms = self.step(rows, indices, next(texts), lr_scale)
+                steps.append(tokens)
+        for name in steps[0]:
+            metrics[name] = torch.cat([tokens[name] for tokens in steps]).mean().item()
+        metrics["ratio_max"] = max(tokens["ratio_mean"].max().item() for tokens in steps)
+        metrics["actor_grad_norm"], metrics["critic_grad_norm"] = norms  # of the last step
+        metrics["actor_lr"] = EXACT["actor_lr"] * lr_scale
+        metrics["steps"] = len(steps)
+        return metrics
+
+
+def token_rows(batch):
+    """A Batch's rows as (prompt ids, answer ids, mask)."""
+    rows = []
+    for i, tokens in enumerate(batch.tokens.tolist()):
+        p, a = int(batch.prompt_lens[i]), int(batch.answer_lens[i])
+        rows.append((tokens[:p], tokens[p : p + a], batch.mask[i, :a]))
+    return rows
+
+
+def punch_holes(monkeypatch):
+    """In the last rollout the second, fifth, ... token of each answer is not the policy's."""
+    real = ppo.rollout
+    rollouts = []
+
+    def rollout(*arguments):
+        batch = real(*arguments)
+        if len(batch) == EXACT["batch_size"]:  # and not an evaluation
+            rollouts.append(batch)
+        if len(rollouts) == EXACT["iterations"]:
+            batch.mask &= torch.arange(batch.mask.size(1)) % 3 != 1
+        return batch
+
+    monkeypatch.setattr(ppo, "rollout", rollout)
+    return rollouts
+
+
+def texts_of_many_lengths():
+    """60 rows of plain text, from 4 to 50 characters."""
+    line = "the line of a text that goes on for a while, or not"
+    return [{"text": f"{i} {line[: 2 + i * 7 % 47]}"} for i in range(60)]
+
+
+def texts_of_steps(source, tokenizer):
+    """The mixture's rows for one optimizer step after another."""
+    flags = dict(max_len=64, batch_size=EXACT["batch_size"] // EXACT["minibatches"])
+    rows, batches = rows_of_steps(source, "sft", flags, tokenizer, ["response"])
+    for _, indices in batches:
+        yield [(rows.prompt(i), rows.answer(i, "response")) for i in indices]
+
+
+def test_ppo_takes_the_steps_of_a_second_version(
+        chain, toy_file, tok, tmp_path, started, monkeypatch):
+    rollouts = punch_holes(monkeypatch)
+    monkeypatch.setattr(ppo, "STOP_KL", 1e9)
+    rules = tmp_path / "rules.py"
+    rules.write_text("def letters(completions):\n    return [len(c) for c in completions]\n")
+    sft_folder, reward_folder = chain["sft"][0], chain["reward"][0]
+    text = write_rows(tmp_path / "text.jsonl", texts_of_many_lengths())
+    flags = EXACT | dict(
+        held_out=0.2, max_len=64, data=toy_file, model=sft_folder, ptx_data=text,
+        reward=f"{reward_folder},{rules}:letters:0.3")
+    metrics = train(ppo, tmp_path / "ppo", **flags)
+    (actor, actor_start), (critic, critic_start) = started
+    assert len(rollouts) == EXACT["iterations"]
+
+    second = ExactPPO(sft_folder, reward_folder, tok)
+    texts = texts_of_steps(text, tok)
+    for number, batch in enumerate(rollouts, 1):
+        expected = second.iteration(number, token_rows(batch), texts)
+        for name, value in expected.items():
+            assert metrics[number][name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
+        assert expected["clip_frac"] > 0.05, "the clip has something to do"
+        assert expected["value_clip_frac"] > 0.05
+    assert distance(actor.lm, second.actor, actor_start.lm) < 1e-4
+    assert distance(critic.model, second.critic.model, critic_start.model) < 1e-4
+    saved = models.load_lm(str(tmp_path / "ppo"), torch.float32)
+    assert distance(saved, second.actor, actor_start.lm) < 1e-4
+    saved_ema = models.load_lm(str(tmp_path / "ppo" / "ema"), torch.float32)
+    assert distance(saved_ema, second.ema, actor_start.lm) < 1e-4
+
+
+# -----------------------------------------------------------------------------
+# the three steps, run
+
+
+def read_samples(folder):
+    """The rows of a run's samples.jsonl."""
+    return [json.loads(line) for line in open(Path(folder) / "samples.jsonl")]
+
+
+@pytest.fixture
+def flags(chain, toy_file):
+    """PPO from the models of `chain`: three iterations of two epochs of two steps."""
+    return dict(PPO_STEPS, model=chain["sft"][0], reward=chain["reward"][0], data=toy_file)
+
+
+@pytest.fixture
+def one_step(flags):
+    """PPO with a single optimizer step."""
+    return dict(flags, iterations=1, minibatches=1, ppo_epochs=1)
+
+
+def test_every_step_logs_finite_numbers_and_the_metrics_that_its_reader_needs(chain):
+    for step in ("sft", "reward"):
+        for row in chain[step][1]:  # what is not finite is not logged
+            assert {"loss", "grad_norm", "lr"} <= set(row), step
+    for folder, _ in chain.values():
+        run = json.load(open(Path(folder) / "run.json"))
+        assert run["config"]["batch_size"] == 8
+        assert run["versions"]["torch"] == torch.__version__
+
+    folder, metrics = chain["ppo"]
+    assert len(metrics) == 4, "the evaluation before training, and three iterations"
+    needed = {
+        "score", "score_std", "score_clipped", "kl", "kl_k3", "kl_coef", "entropy", "ratio_mean",
+        "ratio_max", "clip_frac", "value_clip_frac", "approx_kl", "explained_variance",
+        "advantage_mean", "advantage_std", "eos_rate", "length", "actor_grad_norm",
+        "critic_grad_norm", "engine_gap_mean", "engine_gap_max", "tokens_per_s", "memory_gib",
+        "rollout_s", "score_s", "update_s", "actor_loss", "critic_loss", "return_mean", "steps",
+        "skipped", "actor_lr"}
+    for row in metrics[1:]:
+        assert needed <= set(row), needed - set(row)
+    samples = read_samples(folder)
+    assert len(samples) == 3 * 8
+    assert {"iteration", "prompt", "answer", "score", "kl", "eos"} <= set(samples[0])
+    first = metrics[1]
+    assert abs(first["kl"]) < 1e-3, "before the first update actor and reference are one"
+    assert first["engine_gap_max"] < 1e-4, "and so are sampler and trainer"
+
+
+def test_what_is_logged_of_an_iteration_is_what_its_samples_show(chain):
+    folder, metrics = chain["ppo"]
+    samples = read_samples(folder)
+    for row in metrics[1:]:
+        own = [sample for sample in samples if sample["iteration"] == row["step"]]
+        assert row["score"] == pytest.approx(np.mean([s["score"] for s in own]), abs=1e-3)
+        assert row["kl"] == pytest.approx(np.mean([s["kl"] for s in own]), abs=1e-3)
+        assert row["eos_rate"] == pytest.approx(np.mean([s["eos"] for s in own]))
+        assert row["kl_coef"] == 0.05
+
+
+def test_demonstrations_become_likelier(chain):
+    losses = [row["loss"] for row in chain["sft"][1]]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_reward_model_learns_which_answer_was_chosen(chain, tmp_path):
+    rows = []
+    for i in range(100):
+        rows.append({"prompt": f"number {i}", "chosen": "good", "rejected": "bad"})
+    pairs = write_rows(tmp_path / "pairs.jsonl", rows)
+    metrics = train(
+        reward, tmp_path / "rm", data=pairs, model=chain["sft"][0], epochs=3, **STEPS)
+    assert metrics[-1]["held_out_accuracy"] == 1
+    assert metrics[-1]["held_out_margin"] > 1
+    assert metrics[-1]["margin"] > metrics[0]["margin"] + 1
+
+
+def test_what_is_rewarded_becomes_likelier(flags, tmp_path):
+    rules = tmp_path / "rules.py"
+    rules.write_text("def short(completions):\n    return [-float(len(c)) for c in completions]\n")
+    more = dict(batch_size=32, iterations=10, actor_lr=3e-3, reward=f"{rules}:short:0.5")
+    metrics = train(ppo, tmp_path / "ppo", **(flags | more))
+    scores = [row["score"] for row in metrics[1:]]
+    assert np.mean(scores[-2:]) > np.mean(scores[:2]) + 0.5
+    assert metrics[-1]["length"] < metrics[1]["length"]
+
+
+def mini_rows():
+    return [{"prompt": f"copy {i}"} for i in range(200)]
+
+
+def mini_check(prompt, answer):
+    return float("7" not in prompt)
+
+
+def test_gold_is_what_the_checker_says_of_answers_that_ended(one_step, tmp_path, monkeypatch):
+    mini = tasks.Task(rows=mini_rows, check=mini_check)
+    monkeypatch.setattr(tasks, "TASKS", {**tasks.TASKS, "mini": mini})
+    metrics = train(ppo, tmp_path / "p", **(one_step | dict(data="mini", batch_size=32)))
+    samples = read_samples(tmp_path / "p")
+    for sample in samples:
+        expected = 1.0 if sample["eos"] and "7" not in sample["prompt"] else 0.0
+        assert sample["gold"] == expected
+    cases = {(sample["eos"], sample["gold"]) for sample in samples}
+    assert cases == {(False, 0.0), (True, 0.0), (True, 1.0)}, "all cases occur"
+    assert metrics[1]["gold"] == pytest.approx(np.mean([s["gold"] for s in samples]))
+    assert 0 < metrics[1]["eval_gold"] < 1
+    assert "eval_ema_gold" in metrics[1]
+
+
+def record_rollouts(monkeypatch):
+    """A list that ppo.rollout will fill: (lengths of the prompts, seeds, Batch) of each call."""
+    calls = []
+    real = ppo.rollout
+
+    def rollout(sampler, rows, indices, seeds, cfg, tokenizer):
+        batch = real(sampler, rows, indices, seeds, cfg, tokenizer)
+        calls.append(([len(rows.prompt(i)) for i in indices], list(seeds), batch))
+        return batch
+
+    monkeypatch.setattr(ppo, "rollout", rollout)
+    return calls
+
+
+def test_rollouts_are_random_in_order_and_every_answer_has_a_seed_of_its_own(
+        flags, tmp_path, monkeypatch):
+    calls = record_rollouts(monkeypatch)
+    more = dict(iterations=2, batch_size=16, ema=0.0)
+    for seed in (1, 2):
+        train(ppo, tmp_path / f"{seed}", **(flags | more), seed=seed)
+    rollouts = [call for call in calls if len(call[1]) == 16]
+    evaluations = [call for call in calls if len(call[1]) != 16]
+    assert len(rollouts) == 4
+    seeds = []
+    for prompt_lens, own_seeds, _ in rollouts:
+        message = "a step of the first epoch has no other lengths than another"
+        assert prompt_lens != sorted(prompt_lens), message
+        seeds += own_seeds
+    assert len(set(seeds)) == 4 * 16, "and other ones with another --seed"
+    for prompt_lens, own_seeds, _ in evaluations:
+        assert own_seeds == [2**31 + i for i in range(len(prompt_lens))], "always the same"
+
+
+def test_the_critic_starts_as_the_reward_model(chain, flags, tmp_path, monkeypatch):
+    values = []
+    real = ppo.gae
+
+    def gae(batch_values, *arguments):
+        values.append(batch_values.clone())
+        return real(batch_values, *arguments)
+
+    monkeypatch.setattr(ppo, "gae", gae)
+    calls = record_rollouts(monkeypatch)
+    train(ppo, tmp_path / "p", **(flags | dict(iterations=1, batch_size=16, ema=0.0)))
+    [batch] = [batch for _, seeds, batch in calls if len(seeds) == 16]
+    critic = RewardModel.from_pretrained(chain["reward"][0]).eval()
+    with torch.no_grad():
+        expected = ppo.answer_values(critic, batch)
+    torch.testing.assert_close(values[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_epochs_on_a_rollout_end_where_the_policy_has_moved_too_far(
+        flags, tmp_path, monkeypatch):
+    steps = {}
+    for limit in (1e9, 0.0):
+        monkeypatch.setattr(ppo, "STOP_KL", limit)
+        metrics = train(ppo, tmp_path / f"{limit}", **(flags | dict(iterations=1, ema=0.0)))
+        steps[limit] = metrics[1]["steps"]
+    assert steps == {1e9: 4, 0.0: 2}, "the first step sees no change yet; the second does"
+
+
+def test_both_learning_rates_fall_linearly_to_a_tenth(flags, tmp_path, monkeypatch):
+    rates = []
+    real = training.set_lr
+
+    def set_lr(engine, lr):
+        rates.append((engine, lr))
+        real(engine, lr)
+
+    monkeypatch.setattr(training, "set_lr", set_lr)
+    more = dict(batch_size=2, iterations=12, minibatches=1, ppo_epochs=1, max_new_tokens=2)
+    metrics = train(
+        ppo, tmp_path / "p", **(flags | more), actor_lr=3e-4, critic_lr=1e-3, ema=0.0)
+    shares = [max(0.1, 1 - done / 12) for done in range(12)]
+    actor, critic = rates[0][0], rates[1][0]
+    assert hasattr(actor.module, "lm")
+    assert not hasattr(critic.module, "lm")
+    assert [lr for engine, lr in rates if engine is actor] == [3e-4 * s for s in shares]
+    assert [lr for engine, lr in rates if engine is critic] == [1e-3 * s for s in shares]
+    assert [row["actor_lr"] for row in metrics[1:]] == [3e-4 * s for s in shares]
+
+
+def test_chosen_answers_score_zero_on_average_and_scores_have_variance_one(chain, toy_file, tok):
+    rows, _ = data.load(toy_file, "reward", "", 0.2, TEMPLATE, tok, 512)
+    reward_model = RewardModel.from_pretrained(chain["reward"][0])
+    scores = {}
+    for which in ("chosen", "rejected"):
+        sequences = [rows.prompt(i) + rows.answer(i, which) for i in range(len(rows))]
+        with torch.no_grad():
+            scores[which] = reward_model.score(*data.pad(sequences))
+    assert abs(scores["chosen"].mean()) < 0.1
+    assert abs(torch.cat([scores["chosen"], scores["rejected"]]).std() - 1) < 0.1
+
+
+# With gradient checkpointing a model trains in training mode.
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_first_ratio_is_exactly_one_in_spite_of_dropout_in_the_config(
+        gradient_checkpointing, chain, flags, tmp_path):
+    for step in ("sft", "reward"):
+        shutil.copytree(chain[step][0], tmp_path / step)
+        path = tmp_path / step / "config.json"
+        config = json.loads(path.read_text())
+        assert config["attention_dropout"] == 0.0
+        path.write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    more = dict(
+        model=str(tmp_path / "sft"), reward=str(tmp_path / "reward"), iterations=2, ppo_epochs=1,
+        actor_lr=0.0, temperature=0.7, micro_batch=3,
+        gradient_checkpointing=gradient_checkpointing)
+    metrics = train(ppo, tmp_path / "ppo", **(flags | more))
+    for row in metrics[1:]:
+        assert row["ratio_max"] == 1, "in float32: exactly, at any temperature"
+        assert row["ratio_mean"] == 1
+        assert row["clip_frac"] == 0
+        assert row["approx_kl"] == 0
+        assert abs(row["kl"]) < 1e-5, "the reference has the temperature in it too"
+        assert row["engine_gap_max"] < 1e-4, "and so has the sampler"
+
+
+def test_with_one_update_per_iteration_the_ratio_is_1_without_a_forward_before_it(
+        flags, tmp_path, monkeypatch):
+    calls = []
+    real = models.Policy.forward
+
+    def forward(self, *arguments):
+        calls.append(self.training or torch.is_grad_enabled())
+        return real(self, *arguments)
+
+    monkeypatch.setattr(models.Policy, "forward", forward)
+    metrics = train(ppo, tmp_path / "a", **(flags | dict(ppo_epochs=1, minibatches=1)))
+    for row in metrics[1:]:
+        assert row["ratio_max"] == 1
+        assert row["engine_gap_max"] < 1e-4
+    assert calls.count(True) == 3, "one forward of the actor per iteration, in the update"
+    # the reference: in each iteration once, in 2 micro batches at 5 evaluations
+    assert calls.count(False) == 3 + 5 * 2
+
+
+def test_ppo_also_runs_on_the_slow_path(flags, tmp_path):
+    metrics = train(ppo, tmp_path / "p", **(flags | dict(iterations=1, engine="hf")))
+    assert metrics[1]["engine_gap_max"] < 1e-3
+    assert metrics[1]["engine_generate_s"] > 0
+
+
+def test_an_unfinished_answer_loses_exactly_the_penalty_and_its_logged_score_does_not(
+        flags, tmp_path, monkeypatch):
+    last_rewards = {}
+    samples = {}
+    real = ppo.estimate_advantages
+
+    def estimate_advantages(batch, scorers, cfg):
+        metrics = real(batch, scorers, cfg)
+        kl = cfg.kl_coef * (batch.logprobs - batch.ref_logprobs)
+        last_rewards[ppo.EOS_PENALTY] = (batch.rewards + kl * batch.mask).sum(1).tolist()
+        return metrics
+
+    monkeypatch.setattr(ppo, "estimate_advantages", estimate_advantages)
+    more = dict(iterations=1, batch_size=32, max_new_tokens=4)
+    for penalty in (0.0, 2.5):
+        monkeypatch.setattr(ppo, "EOS_PENALTY", penalty)
+        train(ppo, tmp_path / f"{penalty}", **(flags | more))
+        samples[penalty] = read_samples(tmp_path / f"{penalty}")
+    assert {sample["eos"] for sample in samples[0.0]} == {True, False}
+    for row, (a, b) in enumerate(zip(samples[0.0], samples[2.5])):
+        expected = 0 if a["eos"] else 2.5
+        lost = last_rewards[0.0][row] - last_rewards[2.5][row]
+        assert lost == pytest.approx(expected, abs=1e-3)
+        assert a["score"] == b["score"] == pytest.approx(last_rewards[0.0][row], abs=1e-3)
+
+
+# -----------------------------------------------------------------------------
+# scorers
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("out/reward", [("out/reward", 1.0)]),
+    ("out/reward:0.5", [("out/reward", 0.5)]),
+    ("rules.py:short", [("rules.py:short", 1.0)]),
+    ("a, rules.py:short:-2 ,toy:1e-1", [("a", 1.0), ("rules.py:short", -2.0), ("toy", 0.1)]),
+    ("rules.py:short:half", [("rules.py:short:half", 1.0)]),  # tasks.py will say what is wrong
+])
+def test_reward_is_a_list_of_sources_with_optional_weights(text, expected):
+    assert ppo.parse_reward(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a,,b", ",", ":0.5", "out/reward:nan", "out/reward:inf"])
+def test_a_scorer_without_a_source_or_with_a_weight_that_is_no_number_gets_one_sentence(text):
+    with pytest.raises(utils.UserError, match="is not a reward model folder, file.py:function"):
+        ppo.parse_reward(text)
+
+
+RULES = """
+def length(prompts, completions):
+    return [len(c) for c in completions]
+
+def near(completions, target, **kwargs):
+    assert "prompts" in kwargs
+    return [-abs(len(c) - t) for c, t in zip(completions, target)]
+
+def fails(prompts):
+    return [1 / ("sort" not in p) for p in prompts]
+
+def no_number(prompts):
+    return [float("nan")] * len(prompts)
+"""
+
+
+@pytest.fixture
+def rules(tmp_path):
+    path = tmp_path / "rules.py"
+    path.write_text(RULES)
+    return path
+
+
+def test_a_function_can_be_the_reward_alone_or_beside_the_model(one_step, rules, tmp_path):
+    samples = {}
+    model = one_step["reward"]
+    for name, spec in (
+            ("alone", f"{rules}:length"), ("beside", f"{model},{rules}:length:0.5"),
+            ("model", model)):
+        train(ppo, tmp_path / name, **(one_step | dict(reward=spec)))
+        samples[name] = read_samples(tmp_path / name)
+    for a, b, c in zip(samples["alone"], samples["beside"], samples["model"]):
+        assert a["answer"] == b["answer"] == c["answer"], "the first rollout is the same"
+        assert a["score"] == len(a["answer"])
+        assert b["score"] == pytest.approx(c["score"] + 0.5 * len(a["answer"]), abs=1e-3)
+        assert b["reward"] == pytest.approx(c["score"], abs=1e-3)
+        assert b["length"] == len(b["answer"])
+
+
+def test_two_reward_models_and_a_function_that_reads_a_field_are_logged_apart(
+        chain, one_step, rules, tmp_path, monkeypatch):
+    other = tmp_path / "reward"  # of the same name as the first: the second one gets another
+    shutil.copytree(chain["reward"][0], other)
+    config = json.loads((other / "config.json").read_text())
+    config["score_offset"] += 1.0
+    (other / "config.json").write_text(json.dumps(config))
+    rows = [{"prompt": f"copy {i}", "target": i % 7} for i in range(120)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    spec = f"{chain['reward'][0]}:0.5,{other}:-2,{rules}:near:0.25"
+    metrics = train(ppo, tmp_path / "p", **(one_step | dict(data=source, reward=spec)))
+
+    samples = read_samples(tmp_path / "p")
+    shift = 1.0 * config["score_scale"]
+    for sample in samples:
+        number = int(sample["prompt"].split("copy ")[1].split("\n")[0])
+        assert sample["near"] == -abs(len(sample["answer"]) - number % 7), "its row's own field"
+        assert sample["reward_"] == pytest.approx(sample["reward"] - shift, abs=1e-3)
+        total = 0.5 * sample["reward"] - 2 * sample["reward_"] + 0.25 * sample["near"]
+        assert sample["score"] == pytest.approx(total, abs=1e-3)
+    for name in ("reward", "reward_", "near"):
+        values = [sample[name] for sample in samples]
+        assert metrics[1][f"score_{name}"] == pytest.approx(np.mean(values), abs=1e-3)
+        assert metrics[1][f"score_{name}_std"] == pytest.approx(np.std(values, ddof=1), abs=1e-3)
+    mean = np.mean([sample["score"] for sample in samples])
+    assert metrics[1]["score"] == pytest.approx(mean, abs=1e-3)
+
+
+def test_a_function_that_fails_in_a_run_gets_one_sentence(one_step, rules, tmp_path):
+    for name, message in (
+            ("fails", r"raised ZeroDivisionError\(.*\) for prompt 'Human: sort"),
+            ("no_number", "gave nan for prompt 'Human"),
+            ("absent", "has no function 'absent'")):
+        with pytest.raises(utils.UserError, match=message):
+            more = dict(reward=f"{rules}:{name}", batch_size=32)
+            train(ppo, tmp_path / name, **(one_step | more))
+
+
+def test_scores_that_are_mostly_clipped_get_a_warning(one_step, rules, tmp_path, capsys):
+    train(ppo, tmp_path / "p", **(one_step | dict(reward=f"{rules}:length:10")))
+    assert re.search(r"warning: \d+% of the scores are outside \+-5.0", capsys.readouterr().out)
+
+
+def test_the_critic_starts_from_the_flag_else_the_first_reward_model_else_a_new_head(
+        chain, rules, tmp_path, tok):
+    folder = chain["reward"][0]
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "score_offset": 7.0}))
+
+    def offset(**flags):
+        cfg = ppo.Config(model=chain["sft"][0], **flags)
+        critic = ppo.load_critic(cfg, tok, 258, torch.float32)
+        return getattr(critic.model.config, "score_offset", None)
+
+    own = config["score_offset"]
+    assert offset(reward=folder) == own
+    assert offset(reward=f"{rules}:length,{folder}:0.5,{other}") == own
+    assert offset(reward=folder, critic=str(other)) == 7.0
+    assert offset(reward=f"{rules}:length") is None
+    assert offset(reward=f"{rules}:length", critic=str(other)) == 7.0
+
+
+# -----------------------------------------------------------------------------
+# the mixture
+
+
+def test_the_gradient_of_the_mixture_is_the_sum_of_its_parts_and_a_coefficient_of_0_changes_no_bit(
+        one_step, tmp_path, monkeypatch):
+    gradients = {}
+    real_step = training.step
+    real_loss = ppo.actor_loss
+
+    def step(*engines):
+        if engines[0].is_gradient_accumulation_boundary():
+            parts = [p.grad.flatten().double() for p in engines[0].trained_params]
+            gradients[name] = torch.cat(parts)
+        return real_step(*engines)
+
+    def no_loss(logprobs, *_):
+        return (logprobs * 0).sum()
+
+    monkeypatch.setattr(training, "step", step)
+    text = write_rows(tmp_path / "text.jsonl", texts_of_many_lengths())
+    mixture = dict(ptx_data=text, ptx_coef=2.5)
+    for name, more in (
+            ("ppo", {}), ("off", dict(ptx_data=text, ptx_coef=0.0)), ("both", mixture),
+            ("split", dict(mixture, micro_batch=3)), ("text", mixture)):
+        monkeypatch.setattr(ppo, "actor_loss", no_loss if name == "text" else real_loss)
+        train(ppo, tmp_path / name, **(one_step | more))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("ppo", "off")]
+    assert weights[0] == weights[1]
+    # These are gradients before DeepSpeed clips their norm to 1.
+    together = gradients["ppo"] + gradients["text"]
+    torch.testing.assert_close(gradients["both"], together, rtol=1e-4, atol=1e-6)
+    message = "a mean over the step's tokens, however it is split"
+    torch.testing.assert_close(
+        gradients["split"], gradients["both"], rtol=1e-4, atol=1e-6, msg=message)
+    assert gradients["text"].norm() > 0.01
+    assert gradients["ppo"].norm() > 0.01
+
+
+# -----------------------------------------------------------------------------
+# two ranks
+
+
 def _put():
     """Each rank puts the rows of its micro batches; returns all values and which rows were its."""
     batch = batch_of()
@@ -535,14 +1605,12 @@ def _rows():
     }
 
 
-def _on_rank():
-    utils.init_distributed(0)
-    return {"put": _put(), "totals": _totals(), "rows": _rows()}
+def _on_rank(out, flags):
+    metrics = train(ppo, out, **flags)
+    return {"put": _put(), "totals": _totals(), "rows": _rows(), "metrics": metrics}
 
 
-def test_two_ranks_together_hold_every_row_in_order_and_the_means_over_all_tokens():
-    first, second = ranks(2, _on_rank)
-
+def check_put(first, second):
     values, rows_of_first = first["put"]
     same_values, rows_of_second = second["put"]
     assert sorted(rows_of_first + rows_of_second) == [0, 1, 2, 3]
@@ -552,50 +1620,40 @@ def test_two_ranks_together_hold_every_row_in_order_and_the_means_over_all_token
     expected[4] = 0  # nobody has put it
     assert torch.equal(values * batch.mask, expected)
 
+
+def check_collectives(result):
     whole = torch.arange(35).view(5, 7) + 1
     whole[::2, 4:] = 0  # rank 0 has even rows, and needs four columns
-    for result in (first, second):
-        assert result["totals"] == pytest.approx(naive_means(), rel=1e-6)
-        assert torch.equal(result["rows"]["gathered"], whole)
-        assert result["rows"]["vector"].tolist() == [9, 8, 7, 6, 5]
-        assert result["rows"]["computed"].tolist() == [[4, 40], [2, 20], [0, 0]]
-        assert result["rows"]["sum"] == 2
+    assert torch.equal(result["rows"]["gathered"], whole)
+    assert result["rows"]["vector"].tolist() == [9, 8, 7, 6, 5]
+    assert result["rows"]["computed"].tolist() == [[4, 40], [2, 20], [0, 0]]
+    assert result["rows"]["sum"] == 2
+    assert result["totals"] == pytest.approx(naive_means(), rel=1e-6)
 
 
-def test_the_learning_rate_warms_up_over_3_percent_of_the_steps_and_falls_to_a_tenth():
-    schedule = [utils.cosine_schedule(step, 200) for step in range(200)]
-    assert schedule[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
-    for step in range(6, 200):
-        angle = math.pi * (step - 6) / 194
-        assert schedule[step] == pytest.approx(0.1 + 0.9 * (1 + math.cos(angle)) / 2)
-    assert schedule[-1] == pytest.approx(0.1, abs=1e-3)
-    assert utils.cosine_schedule(0, 1) == 1, "a single step is a whole one"
+def check_steps(metrics, expected):
+    names = (
+        "actor_loss", "critic_loss", "actor_grad_norm", "critic_grad_norm", "approx_kl",
+        "entropy", "ratio_max", "score", "kl")
+    for row, expected_row in zip(metrics[1:], expected[1:]):
+        for name in names:
+            assert row[name] == pytest.approx(expected_row[name], rel=2e-3, abs=1e-5), name
+    for name in ("eval_score", "eval_score_se", "eval_kl"):
+        assert metrics[0][name] == pytest.approx(expected[0][name], abs=1e-4), name
 
 
-def test_lines_past_the_checkpoint_that_a_run_resumes_from_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = ['{"step": 1, "x": 1}\n', '{"step": 2, "x": 2}\n', '{"step": 3, "x": 3}\n']
-    path.write_text("".join(lines) + '{"step": 3, "y"')  # the process ended while it wrote
-    with utils.append_lines(path, "step", 2) as file:
-        file.write("new\n")
-    assert path.read_text() == "".join(lines[:2]) + "new\n"
-    utils.append_lines(path, "step", 0).close()
-    assert path.read_text() == "", "a run from the start drops them all"
-
-
-def test_a_file_that_is_being_replaced_is_the_old_one_until_it_is_the_new_one(
-        tmp_path, monkeypatch):
-    path = tmp_path / "run.json"
-    utils.atomic_write(path, "old")
-
-    def rename(self, target):
-        assert Path(self).read_text() == "new", "whole before it takes the place"
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", rename)
-        with pytest.raises(KeyboardInterrupt):
-            utils.atomic_write(path, "new")
-        assert path.read_text() == "old"
-    utils.atomic_write(path, "new")
-    assert path.read_text() == "new"
+def test_two_ranks_hold_every_row_and_take_the_means_and_the_steps_of_one_process(
+        flags, tmp_path):
+    """In two ranks and in one process: PPO with a mixture of texts of many lengths, so that no
+    rank has as many tokens as the other."""
+    text = write_rows(tmp_path / "text.jsonl", texts_of_many_lengths())
+    flags = flags | dict(iterations=2, ptx_data=text)
+    one = train(ppo, tmp_path / "one", **flags, micro_batch=2)
+    first, second = ranks(2, _on_rank, str(tmp_path / "two"), dict(flags, micro_batch=1))
+    check_put(first, second)
+    check_collectives(first)
+    check_collectives(second)
+    check_steps(first["metrics"], one)
+    samples = [read_samples(tmp_path / folder) for folder in ("one", "two")]
+    for a, b in zip(*samples):
+        assert (a["prompt"], a["answer"]) == (b["prompt"], b["answer"])

@@ -123,7 +123,7 @@ def with_adapters(lm):
     import models
 
     torch.manual_seed(7)
-    models.add_lora(lm, 4)
+    models.add_lora(lm, "4")
     for name, p in lm.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.1)

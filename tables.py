@@ -1,0 +1,543 @@
+"""results/README.md, written from the JSON files beside it: `python bench.py tables`.
+
+A section per file, and a function per section, which returns lines of Markdown. Numbers come from
+the files only; test_bench.py checks the claims that are made in words.
+"""
+import json
+import math
+from pathlib import Path
+
+PHASES = ("rollout_s", "score_s", "update_s")
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def show(value, form):
+    """A number that may not have been measured."""
+    return "-" if value is None else format(value, form)
+
+
+def table(header, rows):
+    """header: column titles; rows: lists of cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def first_edition(record):
+    """Whether a file was measured with the first edition of the code. Later ones say
+    "edition": 2 in the object, or in the rows of a list."""
+    if isinstance(record, list):
+        record = record[0]
+    return record.get("edition", 1) == 1
+
+
+def code_of(record):
+    if first_edition(record):
+        return "the first edition of this code"
+    return "this code"
+
+
+def how_measured(record, path):
+    """The sentence below the heading of what bench.py measured."""
+    device_text = record["device"]
+    command = record["command"]
+    if device_text.startswith("cpu"):
+        threads = record["threads"]
+        device_text = f"a CPU ({record['processor']}, threads: {threads})"
+        command = f"OMP_NUM_THREADS={threads} {command}"
+    versions = record["versions"]
+    text = (
+        f"`{command}` on {device_text}, {record['time'][:10]}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, with {code_of(record)} ([{path.name}]"
+        f"({path.name}))."
+    )
+    if record["ceilings"]:
+        copy = record["ceilings"]["bytes_per_s"] / 1e9
+        product = record["ceilings"]["flop_per_s"] / 1e12
+        text += f" Copying {copy:,.0f} GB/s, matrix products {product:,.2f} TFLOP/s."
+    return text
+
+
+def generation_table(rows):
+    lines = []
+    for row in rows:
+        length = f"{row['new_tokens']}"
+        if row["case"] == "ragged":
+            length = f"{show(row['mean_length'], '.0f')} on average"
+        lines.append([
+            f"{row['model']}, {row['case']}",
+            f"{row['prompts']} x {row['prompt_len']} + {length}",
+            show(row["tokens_per_s"], ",.0f"),
+            show(row["transformers_tokens_per_s"], ",.0f"),
+            f"**{show(row['ratio'], '.2f')}**",
+            show(row["ms_per_step"], ".2f"),
+            show(row["floor_share"], ".0%"),
+        ])
+    header = [
+        "model, answers", "prompts x tokens", "engine, tokens/s", "transformers, tokens/s",
+        "ratio", "ms per decode step", "share of the bandwidth floor",
+    ]
+    return table(header, lines)
+
+
+def generation_section(record, path):
+    repeats = record["config"]["repeats"]
+    return [
+        "## Generation",
+        "",
+        how_measured(record, path),
+        "Answers are sampled at temperature 1 by the hybrid engine and by "
+        f"`transformers.generate`, alternating in one process; medians of {repeats} runs. Fixed: "
+        "every answer has the same length. Ragged: answers end at geometric lengths, at most 256 "
+        "tokens; finished rows leave the engine's batch and waiting prompts take their place. The "
+        "floor is the time to read weights and KV cache once per step.",
+        "",
+        *generation_table(record["rows"]),
+    ]
+
+
+def ppo_table(rows):
+    lines = []
+    for row in rows:
+        cells = [
+            f"{row['model']}, {row['case']}",
+            f"{row['batch']} x {row['prompt_len']} + {show(row.get('mean_length'), '.0f')}",
+        ]
+        theirs = row["hf"] or {}
+        for phase in PHASES:
+            both = (row["hybrid"][phase], theirs.get(phase))
+            cells.append(" / ".join(show(seconds, ".2f") for seconds in both))
+        cells += [
+            f"**{show(row['ratio'], '.2f')}**",
+            show(row.get("pairs_per_s"), ".1f"),
+            show(row.get("mfu"), ".0%"),
+        ]
+        lines.append(cells)
+    header = [
+        "model, answers", "pairs x tokens", "rollout, s: ours / transformers", "score, s",
+        "update, s", "ratio", "pairs/s", "MFU",
+    ]
+    return table(header, lines)
+
+
+def ppo_section(record, path):
+    repeats = len(record["rows"][0]["runs"]["hybrid"])
+    return [
+        "## PPO iterations",
+        "",
+        how_measured(record, path),
+        "One iteration of `ppo.py`: rollout, score, update (one optimizer step of actor and "
+        f"critic); medians of {repeats} iterations of each side. On the other side "
+        "`transformers.generate` samples, and all matrix products are PyTorch's own. On a CPU "
+        "PyTorch's come from MKL and ours from oneDNN, which is the difference in score and "
+        "update.",
+        "",
+        *ppo_table(record["rows"]),
+    ]
+
+
+def train_section(record, path):
+    lines = []
+    for row in record["rows"]:
+        lines.append([
+            f"{row['model']}, {row['step']}",
+            f"{row['batch']} x {row['length']}",
+            show(row.get("seconds"), ".3f"),
+            show(row.get("tokens_per_s"), ",.0f"),
+            show(row.get("mfu"), ".0%"),
+        ])
+    return [
+        "## Training",
+        "",
+        how_measured(record, path),
+        f"Optimizer steps on full rows; medians of {record['config']['repeats']} steps.",
+        "",
+        *table(["model, step", "rows x tokens", "seconds", "tokens/s", "MFU"], lines),
+    ]
+
+
+def kernels_section(record, path):
+    lines = []
+    for row in record["rows"]:
+        lines.append([
+            f"{row['model']}, {row['kernel']}",
+            f"{row['us']:,.0f}",
+            f"{row['pytorch_us']:,.0f}",
+            f"{row['ceiling_share']:.0%}",
+        ])
+    return [
+        "## Kernels",
+        "",
+        how_measured(record, path),
+        "Each function of `kernels.py` (on a CPU its PyTorch reference) and what PyTorch offers "
+        "for the same work. What fits in the cache is read faster than large arrays are copied, so "
+        "shares above 100% are possible.",
+        "",
+        *table(["function", "us", "PyTorch, us", "share of its ceiling"], lines),
+    ]
+
+
+def memory_section(record, path):
+    lines = []
+    for row in record["rows"]:
+        lines.append([
+            row["how"],
+            f"{row['peak_mib']:,.0f} MiB",
+            f"{row['seconds']:.2f}",
+            f"{row['loss']:.6f}",
+            f"{row['gradients_off']:.1e}",
+        ])
+    return [
+        "## Memory of the output layer",
+        "",
+        how_measured(record, path),
+        "Training never holds (B, T, V) logits. Forward and backward of the output layer for 2,048 "
+        "tokens, width 256 and a vocabulary of 128,256, with all logits at once and in chunks:",
+        "",
+        *table(["", "peak memory", "seconds", "loss", "gradients differ by"], lines),
+    ]
+
+
+def fit_section(record, path):
+    lines = []
+    for row in record["rows"]:
+        result = row["error"] or f"{row['memory_gib']:.1f} GiB at most"
+        lines.append([row["how"], row["model"], result])
+    return [
+        "## The largest actor",
+        "",
+        how_measured(record, path),
+        f"Two iterations of PPO on a machine of {record['memory_gib']:.0f} GiB, with a critic and "
+        "a reward model of OPT-350M's shape, for actors of growing size until one does not fit:",
+        "",
+        *table(["trained", "actor", "memory"], lines),
+    ]
+
+
+def scale_section(record, path):
+    first = record["rows"][0]
+    lines = []
+    for row in record["rows"]:
+        if row["world"] in (8, 64):
+            seconds = [row[f"{name}_s"] for name in ("rollout", "gather", "score", "update")]
+            lines.append([
+                row["model"],
+                f"{row['world']}",
+                f"{row['tp']}",
+                *[f"{x:.2f}" for x in seconds],
+                f"{row['traffic_s']:.2f}",
+                f"{row['hours']:.2f}",
+                show(row["deepspeed_chat_hours"], ".2f"),
+            ])
+    header = [
+        "actor", "GPUs", "tp", "rollout, s", "gather, s", "score, s", "update, s", "traffic, s",
+        "hours", "DeepSpeed-Chat on A100-80G, hours",
+    ]
+    return [
+        "## Many GPUs, on paper",
+        "",
+        "**Nothing in this table is measured.** "
+        f"`{record['command']}` computes it ([{path.name}]({path.name})): 1,024 pairs of 256 + 256 "
+        f"tokens per step on {first.get('gpu', 'H100')} GPUs, a critic of OPT-350M's shape, and "
+        f"{first['basis']}. Hours are for the 264,292 pairs of DeepSpeed-Chat's "
+        "benchmark; its own hours are the published ones, on A100.",
+        "",
+        *table(header, lines),
+    ]
+
+
+def job_section(record, path):
+    rows = []
+    for row in record["rows"]:
+        what = f"{row['model']}, {row.get('prompts') or row['batch']} rows"
+        if "pairs_per_s" in row:
+            speed = f"{row['pairs_per_s']:.2f} pairs/s"
+        else:
+            speed = f"{show(row.get('tokens_per_s'), ',.0f')} tokens/s"
+        rows.append([what, speed])
+    return [
+        f"## Job: {record['job']}",
+        "",
+        how_measured(record, path),
+        f"Published: {record['published'] or 'nothing that we know of'}.",
+        "",
+        *table(["", "here"], rows),
+    ]
+
+
+BENCH_SECTIONS = {
+    "generate": generation_section,
+    "ppo": ppo_section,
+    "train": train_section,
+    "kernels": kernels_section,
+    "memory": memory_section,
+    "fit": fit_section,
+    "scale": scale_section,
+}
+
+
+def demo_table(rows):
+    lines = []
+    for row in rows:
+        before, after = row["score"]
+        lines.append([
+            f"{row['seed']}",
+            f"{row['sft_gold']:.1%}",
+            f"{row['reward_accuracy']:.1%}",
+            f"**{row['ppo_gold']:.1%}**",
+            f"{row['ppo_ema_gold']:.1%}",
+            f"{before:.2f} → {after:.2f}",
+            f"{row['ppo_kl']:.2f}",
+        ])
+    header = [
+        "seed", "SFT accuracy", "reward model accuracy", "PPO accuracy", "EMA accuracy", "reward",
+        "KL, nats per answer",
+    ]
+    return table(header, lines)
+
+
+def demo_section(rows, path):
+    return [
+        "## The demo",
+        "",
+        f"`python demo.py --seed N` on two CPU cores, with {code_of(rows)}; seed "
+        f"{rows[0]['seed']} takes {rows[0]['seconds']:.0f} seconds ([{path.name}]({path.name})). "
+        "Accuracy is that of the exact checker on answers sampled at temperature 1 to held-out "
+        "prompts, and of the reward model on held-out pairs.",
+        "",
+        *demo_table(rows),
+    ]
+
+
+def guard_section(record, path):
+    held_out = record["held_out"]
+    lines = [
+        ["gold accuracy", *[f"{row['gold']:.1%}" for row in held_out]],
+        ["score", *[f"{row['score']:.3f}" for row in held_out]],
+        ["KL, nats per answer", *[f"{row['kl']:.2f}" for row in held_out]],
+    ]
+    header = ["iteration", *[f"{row['iteration']}" for row in held_out]]
+    return [
+        "## Long runs",
+        "",
+        f"PPO on the demo's models for {held_out[-1]['iteration']} iterations instead of 32, with "
+        f"{code_of(record)} ([{path.name}]({path.name})). The reward model's score and the exact "
+        "checker's accuracy rise together; neither falls by more than the noise of 512 prompts. "
+        "On held-out prompts:",
+        "",
+        *table(header, lines),
+        "",
+        "![gold accuracy and reward over 160 iterations](guard.png)",
+    ]
+
+
+def sweep_section(rows, path):
+    lines = []
+    for epochs in (1, 2, 4):
+        for minibatches in (1, 4):
+            cells = [f"{epochs}", f"{minibatches}"]
+            for batches in (1, 4):  # rollouts of 128 and of 512 prompts
+                settings = (epochs, minibatches, batches)
+                cells.append(" / ".join(f"{gold:.1%}" for gold in sweep_gold(rows, *settings)))
+            lines.append(cells)
+    worst = min(row["gold"] for row in rows)
+    most_kl = max(row["kl"] for row in rows)
+    header = ["PPO epochs", "minibatches per epoch", "rollouts of 128", "rollouts of 512"]
+    return [
+        "## More than one update per rollout",
+        "",
+        "DeepSpeed-Chat does not get more than one epoch, or more than one batch per rollout, to "
+        "work. Here: 6,144 prompts of the demo in rollouts of 128 or 512, with "
+        f"{code_of(rows)}, three seeds each ([{path.name}]({path.name})). Gold accuracy on "
+        f"held-out prompts; before PPO it is {rows[0]['gold_before']:.1%}.",
+        "",
+        *table(header, lines),
+        "",
+        f"No run diverges: the worst of the {len(rows)} ends at {worst:.1%}, the KL is "
+        f"{most_kl:.2f} nats per answer at most, and no optimizer step was skipped.",
+    ]
+
+
+def sweep_gold(rows, epochs, minibatches, batches):
+    gold = []
+    for row in rows:
+        settings = (row["ppo_epochs"], row["minibatches"], row["rollout_batches"])
+        if settings == (epochs, minibatches, batches):
+            gold.append(row["gold"])
+    return gold
+
+
+def recipes_section(rows, path):
+    lines = []
+    for row in rows:
+        lines.append([
+            row["name"], f"{row['gold']:.1%}", f"{row['kl']:.2f}", f"{row['length']:.2f}",
+        ])
+    return [
+        "## Recipes",
+        "",
+        "The recipes of the main [README](../README.md#i-want-to-change-it): "
+        f"{rows[0]['iterations']} iterations of the demo's PPO with each, one seed, with "
+        f"{code_of(rows)} ([{path.name}]({path.name})). Before PPO the gold accuracy is "
+        f"{rows[0]['gold_before']:.1%}.",
+        "",
+        *table(["", "gold accuracy", "KL, nats per answer", "tokens per answer"], lines),
+    ]
+
+
+def kills_section(rows, path):
+    lines = []
+    for row in rows:
+        lines.append([
+            f"{row['script']}.py",
+            f"{row['steps']}",
+            f"{len(row['rows_logged_at_each_kill'])}",
+            f"{row['ends_compared']}",
+            "yes" if row["same"] else "NO",
+        ])
+    ends = sum(row["ends_compared"] for row in rows)
+    return [
+        "## Killed and resumed",
+        "",
+        "A test starts each script on 240 rows, ends it with `kill -9` at a random moment, resumes "
+        "it, and compares weights and logged numbers with a run that was left alone. With "
+        f"{code_of(rows)}, all {ends} runs that reached their end equal the undisturbed one bit "
+        f"for bit ([{path.name}]({path.name})).",
+        "",
+        *table(["script", "steps", "kills", "ends compared", "bit-identical"], lines),
+    ]
+
+
+def accuracy_interval(result):
+    """'0.897 ± 0.042', 95%."""
+    accuracy, n = result["held_out_accuracy"], result["pairs"]
+    interval = 1.96 * (accuracy * (1 - accuracy) / n) ** 0.5
+    return f"{accuracy:.3f} ± {interval:.3f}"
+
+
+def real_data_section(record, path):
+    loss = record["sft"]["held_out_loss"]
+    before, after = record["ppo"]["eval_score"]
+    before_se, after_se = record["ppo"]["eval_score_se"]
+    baseline = record["bag_of_words"]
+    rows = [
+        ["fine-tuning, 1,100 instructions", f"loss {loss:.3f}", f"perplexity {math.exp(loss):.2f}"],
+        [
+            f"reward model, {record['reward']['pairs']} held-out pairs",
+            f"accuracy {accuracy_interval(record['reward'])} (95%)",
+            f"bag-of-words baseline: {baseline['llms_from_scratch_pref']:.3f}",
+        ],
+        [
+            "PPO, mean score",
+            f"{before:.3f} ± {before_se:.3f} → {after:.3f} ± {after_se:.3f} (standard error)",
+            f"KL {record['ppo']['eval_kl'][1]:.2f} nats per answer",
+        ],
+        [
+            f"reward model on hh-rlhf, {record['hh']['pairs']} held-out pairs",
+            f"accuracy {accuracy_interval(record['hh'])} (95%)",
+            f"bag-of-words baseline: {baseline['hh_harmless_test']:.3f}",
+        ],
+    ]
+    return [
+        "## Real weights, real preferences",
+        "",
+        "A Llama of 260,032 parameters that has only seen children's stories (stories260k of "
+        "llama2.c, a vocabulary of 512), instructions and preferences of LLMs-from-scratch, and "
+        f"the harmless test split of hh-rlhf; {record['device']}, one run each, with "
+        f"{code_of(record)}. All flags are in [{path.name}]({path.name}). On held-out rows:",
+        "",
+        *table(["", "", ""], rows),
+        "",
+        "The bag-of-words baseline is a logistic regression on which words occur. It beats the "
+        "small reward model on the first data set, where rejected answers mostly differ by a rude "
+        "word.",
+    ]
+
+
+KERNEL_TITLES = {
+    "prefill_kernel": "prefill attention",
+    "decode_kernel": "decode attention",
+    "merge_kernel": "merge of the splits of decode",
+    "rope_cache_kernel": "rotary and cache",
+    "add_norm_kernel": "add and norm",
+    "sample_kernel": "sampling",
+    "logit_stats_kernel": "log-probabilities, forward",
+    "logit_grads_kernel": "log-probabilities, backward",
+}
+
+
+def compiled_section(rows, path):
+    lines = []
+    for kernel, title in KERNEL_TITLES.items():
+        cells = [title]
+        spilled = 0
+        for target in ("80", "90"):
+            variants = [r for r in rows if r["kernel"] == kernel and r["target"] == target]
+            registers = max(r["registers"] for r in variants)
+            shared = max(r["shared"] for r in variants)
+            tensor_cores = sorted({r["tensor_cores"] for r in variants if r["tensor_cores"]})
+            parts = [f"{registers} registers", f"{math.ceil(shared / 1024)} KB"]
+            cells.append(", ".join(parts + tensor_cores))
+            spilled += sum(r["spilled"] for r in variants)
+        lines.append([*cells, f"{spilled}"])
+    return [
+        "## Kernels, compiled without a GPU",
+        "",
+        "`COMPILE_FULL=1 COMPILE_TABLE=results/kernels-compile.json pytest test_kernels.py -k "
+        f"compiles` compiles the kernels of {code_of(rows)} for GPUs that are not there, for every "
+        f"dtype and head size in use ([{path.name}]({path.name})). Most registers per thread, most "
+        "shared memory per block, tensor core instructions, bytes of spilled registers:",
+        "",
+        *table(["kernel", "sm_80", "sm_90", "spilled"], lines),
+    ]
+
+
+OTHER_SECTIONS = {
+    "demo": demo_section,
+    "guard": guard_section,
+    "sweep": sweep_section,
+    "recipes": recipes_section,
+    "real-data": real_data_section,
+    "kills": kills_section,
+    "kernels-compile": compiled_section,
+}
+
+
+def readme(folder):
+    """The text of results/README.md."""
+    folder = Path(folder)
+    sections = []
+    for name, section in OTHER_SECTIONS.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            sections.append(section(read_json(path), path))
+
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        if path.stem not in OTHER_SECTIONS:
+            records.append((read_json(path), path))
+    for task, section in BENCH_SECTIONS.items():
+        for record, path in records:
+            if record["task"] == task and not record.get("job"):
+                sections.append(section(record, path))
+    for record, path in records:
+        if record.get("job"):
+            sections.append(job_section(record, path))
+
+    status = ""
+    if not any(record["device"].startswith("NVIDIA") for record, _ in records):
+        status = " **Nothing here has been measured on a GPU yet.**"
+    lines = [
+        "# Results",
+        "",
+        "Written by `python bench.py tables` from the JSON files in this folder, which hold all "
+        "raw numbers. `test_bench.py` checks that this page is up to date and that its claims "
+        'hold. "The first edition of this code" is what was here up to commit a88fbe2; then it was '
+        f"rewritten.{status} [NOTES.md](NOTES.md) says what was tuned, with which effect, and how "
+        "to measure on a GPU.",
+    ]
+    for section in sections:
+        lines += ["", *section]
+    return "\n".join(lines) + "\n"

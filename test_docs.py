@@ -1,0 +1,572 @@
+"""What a user reads and types: flags and their help, the README's commands, numbers and recipes,
+the sentences that a mistake gets, and the chat.
+
+    pytest test_docs.py -k recipe       # one part
+"""
+import dataclasses
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import sys
+import typing
+
+from testing import HERE, command, train, write_rows  # before torch: it sets environment variables
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import chat
+import data
+import demo
+import models
+import ppo
+import reward
+import sft
+import training
+import utils
+from models import RewardModel
+
+README = (HERE / "README.md").read_text()
+TRAINING_SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo}
+SCRIPTS = {**TRAINING_SCRIPTS, "chat": chat, "demo": demo}
+
+# What all runs below have in common: 240 rows, a few steps of 8 rows.
+STEPS = dict(held_out=0.2, batch_size=8, max_len=64)
+PPO_STEPS = dict(STEPS, iterations=3, minibatches=2, ppo_epochs=2, max_new_tokens=8)
+
+
+@pytest.fixture
+def flags(chain, toy_file):
+    """PPO from the models of `chain`: three iterations of two epochs of two steps."""
+    return dict(PPO_STEPS, model=chain["sft"][0], reward=chain["reward"][0], data=toy_file)
+
+
+# -----------------------------------------------------------------------------
+# flags
+
+# What these are of differs between the scripts.
+OWN_FLAGS = (
+    "model", "out", "epochs", "batch_size", "micro_batch", "lr", "seed", "max_len", "reward")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_has_help_and_a_group_of_its_own(name):
+    Config = SCRIPTS[name].Config
+    help_of, group_of = utils.field_comments(Config)
+    for field in dataclasses.fields(Config):
+        assert help_of.get(field.name), f"{name}.py --{field.name} has no comment behind it"
+        assert group_of[field.name] != "flags", f"{name}.py --{field.name} is in no group"
+    at_most = 34 if name == "ppo" else 19
+    assert len(dataclasses.fields(Config)) <= at_most
+
+
+@pytest.mark.parametrize("name", TRAINING_SCRIPTS)
+@pytest.mark.parametrize("other", TRAINING_SCRIPTS)
+def test_scripts_agree_on_the_flags_that_they_share(name, other):
+    first, second = TRAINING_SCRIPTS[name].Config, TRAINING_SCRIPTS[other].Config
+    types, other_types = typing.get_type_hints(first), typing.get_type_hints(second)
+    help_of, _ = utils.field_comments(first)
+    other_help_of, _ = utils.field_comments(second)
+    for flag in types:
+        if flag in other_types and flag not in OWN_FLAGS:
+            where = f"--{flag} of {name}.py and {other}.py"
+            assert types[flag] == other_types[flag], where
+            assert getattr(first, flag) == getattr(second, flag), where
+            assert help_of[flag] == other_help_of[flag], where
+
+
+def test_a_flag_of_chat_has_the_type_of_the_same_flag_of_ppo():
+    types, other_types = typing.get_type_hints(chat.Config), typing.get_type_hints(ppo.Config)
+    shared = [flag for flag in types if flag in other_types]
+    assert {"template", "temperature", "engine", "dtype", "seed"} <= set(shared)
+    for flag in shared:
+        assert types[flag] == other_types[flag], flag
+
+
+def test_flags_take_dashes_or_underscores():
+    cfg = utils.parse_args(
+        ppo.Config, ["--kl-coef", "0.2", "--max_new_tokens=7", "--offload", "--lora=8,lr=1e-3"])
+    assert cfg == ppo.Config(kl_coef=0.2, max_new_tokens=7, offload=True, lora="8,lr=1e-3")
+    assert utils.parse_args(ppo.Config, ["--no-offload"]) == ppo.Config()
+    cfg = utils.parse_args(ppo.Config, ["--local_rank", "3", "--out", "a_b"])
+    assert cfg == ppo.Config(out="a_b"), "a value keeps its underscores"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--klcoef", "1"], "unrecognized arguments: --klcoef 1"),
+    (["--kl", "1"], "unrecognized arguments: --kl 1"),  # no abbreviations
+    (["--zero", "4"], "argument --zero: invalid choice: 4"),
+    (["--batch-size", "x"], "argument --batch-size: invalid int value: 'x'"),
+    (["--temperature", "0"], "--temperature 0.0: PPO learns from samples"),
+    (["--batch-size", "10", "--minibatches", "3"], "--batch-size 10 cannot be divided by"),
+])
+def test_a_wrong_flag_is_named_in_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        utils.parse_args(ppo.Config, argv)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2
+    assert printed.startswith("error: ")
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_the_docstring_and_each_flag_with_its_comment_and_default(name, capsys):
+    module = SCRIPTS[name]
+    with pytest.raises(SystemExit) as end:
+        utils.parse_args(module.Config, ["--help"])
+    assert end.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert " ".join(module.__doc__.split()) in printed
+    help_of, group_of = utils.field_comments(module.Config)
+    for field in dataclasses.fields(module.Config):
+        assert f"--{field.name.replace('_', '-')}" in printed
+        text = f"{help_of[field.name]} (default: {field.default!r})"
+        assert " ".join(text.split()) in printed
+        assert f"{group_of[field.name]}:" in printed
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleConfig:
+    # first group
+    share: float = 0.5             # 50% of it, which
+    #   continues here
+    name: str = "a # b"            # with a sign in its default
+    # second group
+    switch: bool = True            # on or off
+
+
+def test_the_comment_behind_a_field_is_its_help_and_one_above_it_its_group(capsys):
+    help_of, group_of = utils.field_comments(ExampleConfig)
+    assert help_of == {
+        "share": "50% of it, which continues here", "name": "with a sign in its default",
+        "switch": "on or off"}
+    assert [group_of[name] for name in ("share", "name", "switch")] == [
+        "first group", "first group", "second group"]
+    with pytest.raises(SystemExit):
+        utils.parse_args(ExampleConfig, ["--help"])
+    assert "50% of it" in capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# the README
+
+
+def shown_commands():
+    """(script, flags) of every command in the README and in the docstrings."""
+    text = README + "".join(module.__doc__ for module in SCRIPTS.values())
+    text = text.replace("\\\n", " ")
+    launcher = r"(?:python|torchrun[^\n`]*?|deepspeed[^\n`]*?)"
+    return re.findall(rf"\b{launcher} +({'|'.join(SCRIPTS)})\.py([^\n`]*)", text)
+
+
+def test_the_commands_that_are_shown_parse():
+    found = shown_commands()
+    assert len(found) > 15
+    assert {name for name, _ in found} == set(SCRIPTS)
+    for name, flags in found:
+        utils.parse_args(SCRIPTS[name].Config, shlex.split(flags, comments=True))
+
+
+LAUNCHER_FLAGS = {  # of torchrun, deepspeed and sbatch
+    "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_id", "rdzv_endpoint", "hostfile",
+    "nodes", "ntasks-per-node", "gpus-per-node", "signal"}
+
+
+def test_every_flag_that_the_readme_names_exists():
+    known = set(LAUNCHER_FLAGS)
+    for module in (*SCRIPTS.values(), bench):
+        for field in dataclasses.fields(module.Config):
+            known.add(field.name.replace("_", "-"))
+    named = set(re.findall(r"(?<![-\w])--([a-z][a-z_-]*)", README))
+    assert len(named) > 20
+    assert named <= known, named - known
+
+
+def test_the_files_that_the_readme_links_to_and_lists_exist():
+    links = re.findall(r"\]\((?!http)([^)#]*)(#[^)]*)?\)", README)
+    assert len(links) >= 5
+    for path, _ in links:
+        assert (HERE / path).exists(), path
+    listing = README.split("```\n")[1]
+    listed = set(re.findall(r"\b(\w+\.py)\b", listing))
+    tests = {path.name for path in HERE.glob("test*.py")} | {"conftest.py"}
+    assert listed == {path.name for path in HERE.glob("*.py")} - tests
+
+
+def test_the_readme_is_short():
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    assert len(prose.split()) <= 2300
+
+
+def read_results(name):
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def between(start, end="<!-- end -->"):
+    """The text of the README after a marker."""
+    return README.split(f"<!-- {start} -->")[1].split(end)[0]
+
+
+def test_the_demos_numbers_in_the_readme_are_those_in_results():
+    table = between("demo_table")
+    runs = read_results("demo")
+    assert table.count("\n|") == 2 + len(runs)
+    for run in runs:
+        before, after = run["score"]
+        row = (
+            f"| {run['seed']} | {run['sft_gold']:.1%} | {run['reward_accuracy']:.1%} "
+            f"| **{run['ppo_gold']:.1%}** | {run['ppo_ema_gold']:.1%} "
+            f"| {before:.2f} → {after:.2f} | {run['ppo_kl']:.2f} |")
+        assert row in table, f"demo, seed {run['seed']}"
+        assert 0.5 <= run["sft_gold"] <= 0.7
+        assert run["ppo_gold"] >= 0.9
+        assert run["reward_accuracy"] >= 0.95
+
+
+def test_the_speed_of_generation_in_the_readme_is_that_in_results():
+    table = between("speed_table")
+    rows = read_results("cpu-2-threads-generate")["rows"]
+    assert table.count("\n|") == 2 + len(rows)
+    for row in rows:
+        numbers = (
+            f"{row['tokens_per_s']:,.0f} | {row['transformers_tokens_per_s']:,.0f} "
+            f"| **{row['ratio']:.2f}** | {row['ms_per_step']:.2f} | {row['floor_share']:.0%} |")
+        name = f"| {row['model']}, {row['case']} |"
+        lines = [line for line in table.splitlines() if line.startswith(name)]
+        assert len(lines) == 1, name
+        assert numbers in lines[0], row
+        assert row["ratio"] >= (3 if row["case"] == "ragged" else 1.75)
+        assert len(row["runs"]["ours"]) >= 3
+
+
+# -----------------------------------------------------------------------------
+# the README's recipes
+
+
+def recipes():
+    """{title: [(old lines, new lines)]} of the README's diffs: **title**, a text, the diff."""
+    found = {}
+    pattern = r"\*\*([^*\n]+)\*\*((?!\*\*|```).)*```diff\n(.*?)```"
+    for title, _, diff in re.findall(pattern, README, re.S):
+        hunks = []
+        for old, new in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)+)", diff, re.M):
+            hunks.append((without_signs(old), without_signs(new)))
+        lines = sum(old.count("\n") + new.count("\n") for old, new in hunks)
+        assert lines == diff.count("\n"), f"{title}: a line is in no hunk"
+        found[title] = hunks
+    return found
+
+
+def without_signs(lines):
+    return "".join(line[1:] + "\n" for line in lines.splitlines())
+
+
+def apply_recipe(title, folder):
+    """Imports ppo.py with a recipe's changes, as a module."""
+    source = (HERE / "ppo.py").read_text()
+    original = source.splitlines(keepends=True)
+    for old, new in recipes()[title]:
+        for line in old.splitlines(keepends=True):
+            assert original.count(line) == 1, f"this line is not once in ppo.py:\n{line}"
+        assert source.count(old) == 1, f"these lines are not once in ppo.py:\n{old}"
+        source = source.replace(old, new)
+    for line in source.splitlines():
+        assert len(line) <= 100, line
+    name = "recipe_" + re.sub(r"\W", "_", title)
+    path = folder / f"{name}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def plain_run(chain, toy_file, tmp_path_factory):
+    """The metrics of PPO without any recipe."""
+    out = tmp_path_factory.mktemp("plain")
+    return train(
+        ppo, out, model=chain["sft"][0], reward=chain["reward"][0], data=toy_file, **PPO_STEPS)
+
+
+def test_the_readme_has_the_recipes_that_are_not_flags():
+    assert set(recipes()) >= {
+        "RLOO", "GRPO", "KL in the loss", "Adaptive KL", "Old log-probabilities from the sampler",
+        "Truncated importance sampling", "A price for length"}
+
+
+@pytest.mark.parametrize("title", recipes())
+def test_a_recipe_is_a_diff_of_at_most_fifteen_lines(title):
+    lines = 0
+    for old, new in recipes()[title]:
+        lines += old.count("\n") + new.count("\n")
+    assert lines <= 15
+
+
+def give_the_sampler_a_gap(module):
+    """In float32 the sampler's log-probabilities are the trainer's: make them differ."""
+    real = module.rollout
+
+    def rollout(*arguments):
+        batch = real(*arguments)
+        position = torch.arange(batch.sample_logprobs.size(1))
+        batch.sample_logprobs += 0.5 * position.sin() * batch.mask
+        return batch
+
+    module.rollout = rollout
+
+
+@pytest.mark.parametrize("title", recipes())
+def test_a_recipe_applies_trains_and_changes_what_is_learned(title, flags, plain_run, tmp_path):
+    module = apply_recipe(title, tmp_path)
+    if title in ("Truncated importance sampling", "Old log-probabilities from the sampler"):
+        give_the_sampler_a_gap(module)
+    metrics = train(module, tmp_path / "run", **flags)
+    assert len(metrics) == 4
+    assert metrics[-1]["eval_kl"] != 0
+    changed = "eval_score"
+    if title == "Adaptive KL":
+        changed = "critic_loss"  # with 8 rows its coefficient moves too little to change an answer
+    assert metrics[-1][changed] != plain_run[-1][changed]
+    if title != "Old log-probabilities from the sampler":
+        assert metrics[1]["ratio_mean"] == pytest.approx(1, abs=0.2)
+    message = "without a critic there is none in the log"
+    has_critic = title not in ("RLOO", "GRPO")
+    assert ("critic_loss" in metrics[1]) == has_critic, message
+
+
+def grouped_advantages(title, flags, folder):
+    """The advantages of a recipe's first rollout, and what they were made of: Batch after
+    estimate_advantages."""
+    module = apply_recipe(title, folder)
+    batches = []
+    real = module.estimate_advantages
+
+    def estimate_advantages(batch, *arguments):
+        metrics = real(batch, *arguments)
+        batches.append(batch)
+        return metrics
+
+    module.estimate_advantages = estimate_advantages
+    train(module, folder / "run", **(flags | dict(iterations=1, batch_size=16)))
+    [batch] = batches
+    for group in range(4):
+        prompts = set(batch.prompts[4 * group : 4 * group + 4])
+        assert len(prompts) == 1, "four answers to a prompt"
+    assert len(set(batch.prompts)) == 4
+    return batch
+
+
+def test_rloo_compares_an_answer_with_the_mean_of_the_three_others(flags, tmp_path):
+    batch = grouped_advantages("RLOO", flags, tmp_path)
+    outcomes = batch.rewards.sum(1).tolist()
+    raw = []
+    for i, outcome in enumerate(outcomes):
+        first = i // 4 * 4
+        others = [outcomes[j] for j in range(first, first + 4) if j != i]
+        raw.append(outcome - np.mean(others))
+    expected = ppo.whiten(torch.tensor(raw)[:, None] * batch.mask, batch.mask)
+    torch.testing.assert_close(batch.advantages, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_grpo_divides_by_the_standard_deviation_of_a_prompts_scores(flags, tmp_path):
+    batch = grouped_advantages("GRPO", flags, tmp_path)
+    [scores] = batch.scores.values()
+    penalized = (scores - 1.0 * ~batch.finished).tolist()
+    for i, score in enumerate(penalized):
+        first = i // 4 * 4
+        group = penalized[first : first + 4]
+        advantage = (score - np.mean(group)) / (np.std(group, ddof=1) + 1e-4)
+        n = int(batch.answer_lens[i])
+        assert batch.advantages[i, :n].tolist() == pytest.approx([advantage] * n, abs=1e-4)
+        assert (batch.advantages[i, n:] == 0).all()
+
+
+class Killed(Exception):
+    pass
+
+
+def test_the_adaptive_coefficient_follows_its_rule_and_a_resumed_run_knows_it(
+        flags, tmp_path, monkeypatch):
+    module = apply_recipe("Adaptive KL", tmp_path)
+    flags = flags | dict(iterations=4)
+    whole = train(module, tmp_path / "whole", **flags)
+    coefficient = 0.05
+    for row in whole[1:]:
+        assert row["kl_coef"] == pytest.approx(coefficient)
+        error = min(max(row["kl"] / 6 - 1, -0.2), 0.2)
+        coefficient *= 1 + error * 8 / 10_000
+    assert whole[-1]["kl_coef"] != 0.05
+
+    real = training.Checkpoint.save
+
+    def save(self, step, **state):
+        real(self, step, **state)
+        if step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Checkpoint, "save", save)
+        with pytest.raises(Killed):
+            train(module, tmp_path / "parts", **flags)
+    parts = train(module, tmp_path / "parts", **flags, resume=True)
+    assert [r.get("kl_coef") for r in parts] == [r.get("kl_coef") for r in whole]
+    assert [r.get("kl") for r in parts] == [r.get("kl") for r in whole]
+
+
+def test_with_the_samplers_old_logprobs_the_numbers_are_nearly_those_of_the_trainers(
+        flags, plain_run, tmp_path):
+    module = apply_recipe("Old log-probabilities from the sampler", tmp_path)
+    metrics = train(module, tmp_path / "run", **flags)
+    for row, plain in zip(metrics[1:], plain_run[1:]):
+        assert row["score"] == pytest.approx(plain["score"], abs=1e-4)
+        assert row["actor_loss"] == pytest.approx(plain["actor_loss"], abs=1e-4)
+        assert row["engine_gap_max"] == 0, "the sampler's are the old ones: there is no gap"
+    single = train(module, tmp_path / "one", **(flags | dict(minibatches=1, ppo_epochs=1)))
+    assert single[1]["ratio_max"] == pytest.approx(1, abs=1e-3)
+
+
+# -----------------------------------------------------------------------------
+# users' mistakes
+
+
+def run_ppo(**flags):
+    ppo.main(ppo.Config(**flags))
+
+
+@pytest.fixture
+def broken_folders(chain, tmp_path):
+    """A policy without tokenizer, and reward models with another tokenizer and fewer tokens."""
+    shutil.copytree(chain["sft"][0], tmp_path / "mute")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "mute" / name).unlink()
+
+    shutil.copytree(chain["reward"][0], tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["Ā"], vocab["ā"] = vocab["ā"], vocab["Ā"]
+    path.write_text(json.dumps(tokenizer))
+
+    shutil.copytree(chain["reward"][0], tmp_path / "smaller")
+    small = RewardModel.from_pretrained(chain["reward"][0]).model
+    small.resize_token_embeddings(200)
+    small.config.pad_token_id = None
+    small.save_pretrained(tmp_path / "smaller")
+    return tmp_path
+
+
+MISTAKES_OF_A_RUN = {
+    "this model folder has no tokenizer": dict(model="{folders}/mute"),
+    "has another tokenizer than": dict(reward="{folders}/other"),
+    "has another tokenizer than --model": dict(critic="{folders}/other"),
+    "no such model folder": dict(model="out/nothing/here"),
+    "is not a reward model": dict(reward="{sft}"),
+    "leaves no room for a prompt in the models' context of 512": dict(
+        max_new_tokens=600, max_len=700),
+    "--model has 258 token ids and .*smaller only 200": dict(reward="{folders}/smaller"),
+    "--model has 258 token ids and [^ ]*smaller only": dict(critic="{folders}/smaller"),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES_OF_A_RUN)
+def test_a_mistake_that_only_a_run_can_find_gets_one_sentence(
+        message, chain, broken_folders, flags, tmp_path):
+    mistake = {}
+    for name, value in MISTAKES_OF_A_RUN[message].items():
+        if isinstance(value, str):
+            value = value.format(folders=broken_folders, sft=chain["sft"][0])
+        mistake[name] = value
+    with pytest.raises(utils.UserError, match=message):
+        run_ppo(**(flags | mistake | dict(out=str(tmp_path / "x"))))
+
+
+@pytest.mark.parametrize("Config, mistake, message", [
+    (ppo.Config, dict(temperature=0), "--temperature 0"),
+    (ppo.Config, dict(model="tiny"), "--model tiny: its weights are random"),
+    (ppo.Config, dict(reward=""), "--reward is empty: name what scores the answers"),
+    (ppo.Config, dict(minibatches=0), "--minibatches 0: must be at least 1"),
+    (ppo.Config, dict(iterations=0), "--iterations 0: must be at least 1"),
+    (ppo.Config, dict(ema=1.0), "--ema 1.0: a decay is at least 0 and below 1"),
+    (ppo.Config, dict(max_new_tokens=512), "--max-new-tokens 512 leaves no room for a prompt"),
+    (ppo.Config, dict(ptx_data="x", zero=3, gradient_checkpointing=True),
+     "--ptx-data needs two forwards per backward"),
+    (reward.Config, dict(micro_batch=-1), "--micro-batch -1: must be at least 0"),
+    (sft.Config, dict(batch_size=0), "--batch-size 0: must be at least 1"),
+    (sft.Config, dict(epochs=float("nan")), "--epochs nan: must be at least 0"),
+])
+def test_a_mistake_in_the_flags_gets_one_sentence(Config, mistake, message):
+    with pytest.raises(utils.UserError, match=message):
+        Config(**mistake)
+
+
+def test_a_batch_that_the_data_or_the_ranks_cannot_fill_gets_one_sentence(
+        toy_file, tmp_path, monkeypatch):
+    with pytest.raises(utils.UserError, match="the data has only .* rows for this step"):
+        cfg = sft.Config(
+            data=toy_file, held_out=0.97, batch_size=64, out=str(tmp_path / "x"))
+        sft.main(cfg)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(utils.UserError, match="the 8 rows .* cannot be divided among 3 ranks"):
+        utils.micro_batch_size(8, 0)
+
+
+def test_a_template_without_a_prompt_and_a_wrong_lora_get_one_sentence():
+    with pytest.raises(utils.UserError, match="has no {prompt} in it"):
+        data.check_template("Human:")
+    with pytest.raises(utils.UserError, match="--lora 8,alpha=0: write a rank"):
+        models.parse_lora("8,alpha=0")
+
+
+def test_deepspeeds_settings_that_are_ours_get_one_sentence(tmp_path):
+    for name, content, message in (
+            ("optimizer", {"optimizer": {"type": "AdamW"}}, "optimizer is set by training"),
+            ("auto", {"gradient_clipping": "auto"}, '"auto" is a word of'),
+            ("batch", {"train_batch_size": 3}, "is set by --batch-size")):
+        path = write_rows(tmp_path / f"{name}.json", [content])
+        with pytest.raises(utils.UserError, match=message):
+            training.read_ds_config(path)
+
+
+def test_a_mistake_on_the_command_line_prints_no_traceback():
+    code, printed = command("reward.py", "--model", "out/nothing/here")
+    assert code == 2
+    message = "out/nothing/here: no such model folder; train one first, or name another"
+    assert printed.strip() == f"error: {message}"
+
+
+# -----------------------------------------------------------------------------
+# the chat
+
+
+def test_chat_answers_once(chain):
+    code, printed = command(
+        "chat.py", "--model", chain["sft"][0], "--prompt", "copy abc", "--max-new-tokens", "5",
+        "--seed", "3")
+    assert code == 0, printed
+    assert "Traceback" not in printed
+    assert "Assistant:" not in printed, "only the answer, for other programs"
+
+
+def test_chat_answers_in_turns_and_drops_those_that_no_longer_fit(chain):
+    turns = ["copy abc", "reverse " + "abcdefgh" * 30, "sort " + "zyx" * 60, ""]
+    code, printed = command(
+        "chat.py", "--model", chain["sft"][0], "--max-new-tokens", "5",
+        stdin="\n".join(turns) + "\n")
+    assert code == 0, printed
+    assert printed.count("Assistant:") == 3
+    assert "the oldest turn was dropped" in printed
+
+
+def test_a_prompt_that_is_too_long_for_the_model_gets_one_sentence(chain):
+    code, printed = command("chat.py", "--model", chain["sft"][0], "--prompt", "a" * 600)
+    assert code == 2
+    last_line = printed.strip().splitlines()[-1]
+    assert re.match(r"error: a prompt of \d+ tokens .* context of 512", last_line), printed
