@@ -989,7 +989,7 @@ class PPO:
 
         # ---- data ----
         self.tokenizer = models.tiny_tokenizer()
-        self.mixture = ppo.Mixture(self.cfg, "", self.tokenizer, self.cfg.max_len, 0)
+        self.mixture = ppo.PretrainingMix(self.cfg, "", self.tokenizer, self.cfg.max_len, 0)
         n_prompts = case.prompts * iterations
         self.prompts = RandomPrompts(n_prompts, cfg.prompt_len, shape.V, cfg.seed)
 

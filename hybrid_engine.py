@@ -546,9 +546,10 @@ class HybridEngine:
         after each prompt, (n, V)."""
         requests = self.requests
         lengths = requests.prompt_lens[rows]
-        mask = np.arange(lengths.max()) < lengths[:, None]                    # (n, P)
-        tokens = self.tensor(requests.prompts[rows, : lengths.max()][mask])   # (N,) packed
-        positions = self.tensor(np.nonzero(mask)[1])                          # (N,)
+        pos = np.arange(lengths.max())                                        # (P,)
+        mask = pos < lengths[:, None]                                         # (n, P)
+        tokens = self.tensor(requests.prompts[rows, : len(pos)][mask])        # (N,) packed
+        positions = self.tensor(np.broadcast_to(pos, mask.shape)[mask])       # (N,)
         slots = self.tensor(np.repeat(slots, lengths))                        # (N,)
         cu_seqlens = self.tensor(np.append(0, lengths.cumsum()).astype(np.int32))
 

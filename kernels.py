@@ -143,9 +143,9 @@ class AttentionSpec(NamedTuple):
     """What the attention of a layer needs beyond q, k and v."""
 
     scale: float  # scores are q @ k.T * scale
-    window: int = 0  # a query sees the last `window` keys, its own included; 0: all of them
-    slopes: torch.Tensor | None = None  # (H,) ALiBi: scores get slope * key position
-    softcap: float = 0.0  # scores become softcap * tanh(scores / softcap) (Gemma 2); 0: they do not
+    window: int = 0  # a query sees the last `window` keys, its own included; 0: all keys
+    slopes: torch.Tensor | None = None  # (H,) ALiBi: slope * key position is added to the scores
+    softcap: float = 0.0  # Gemma 2: scores become softcap * tanh(scores / softcap); 0: no softcap
 
 
 def attend(q, k, v, bias, spec):
@@ -228,19 +228,19 @@ def prefill_attention(q, k, v, cu_seqlens, spec):
 
 
 @jit
-def attention_scores(q, k, offs_n, scale, slope, SOFTCAP: tl.constexpr):
+def attention_scores(q, k, pos, scale, slope, SOFTCAP: tl.constexpr):
     """Scores of q (M, BD) and k (BN, BD) as exponents of 2: (M, BN).
 
-    scale includes LOG2E, and so does slope (ALiBi's: a number, (M, 1), or None). offs_n: (BN,)
-    positions of the keys.
+    pos (BN,): positions of the keys. scale includes LOG2E, and so does slope, which is for ALiBi: a
+    number, (M, 1), or None.
     """
     qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if SOFTCAP > 0:
-        # tanh(x) = 1 - 2 / (e^2x + 1), where e^2x = 2^(2 * qk / SOFTCAP). Right at infinity too.
+        # tanh(x) = 1 - 2 / (e^2x + 1), and here e^2x = 2^(2 * qk / SOFTCAP). It may be infinite.
         tanh = 1 - 2 / (tl.exp2(qk * (2 / SOFTCAP)) + 1)
         qk = tanh * (SOFTCAP * LOG2E)
     if slope is not None:
-        qk += slope * offs_n
+        qk += slope * pos
     return qk
 
 
@@ -309,7 +309,8 @@ def prefill_kernel(
     if start_m >= seq_len:
         return
 
-    # Keys lo to hi are visible. Up to `diagonal` every query sees every key: no mask is needed.
+    # Keys lo to hi are visible. Up to `diagonal` every query sees every key, and the first loop
+    # needs no mask. With a window it is empty: both ends of the visible keys need one.
     hi = tl.minimum(start_m + BM, seq_len)
     if WINDOW:
         lo = tl.maximum(start_m + 1 - WINDOW, 0)
@@ -373,8 +374,8 @@ def prefill_tile(D, element_size, hopper):
     if D > 128:
         return 64, 32, 2
     if D > 64 and not hopper:
-        return 128, 32, 2
-    # With three stages and D <= 64 ptxas serialises the tensor cores of sm_90 (warning C7515).
+        return 128, 32, 3  # with two stages up to 16 bytes are spilled, on sm_80
+    # With three stages and D <= 64 ptxas would serialise the wgmma of sm_90 (its warning C7515).
     return 128, 64, 2
 
 
@@ -466,7 +467,7 @@ def decode_kernel(
     BD: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Program (s, k, b) attends from the G queries of key head k in row b to the keys of split s."""
+    """Program (s, k, b): the G queries of key head k in row b attend to the keys of split s."""
     split = tl.program_id(0)
     S = tl.num_programs(0)
     key_head = tl.program_id(1)

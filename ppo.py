@@ -1,4 +1,4 @@
-"""Step 3: reinforcement learning from human feedback with PPO (InstructGPT, Ouyang et al. 2022,
+r"""Step 3: reinforcement learning from human feedback with PPO (InstructGPT, Ouyang et al. 2022,
 section 3.5, "RL").
 
 There are four models. The actor is trained. The reference is the frozen SFT model, which the actor
@@ -7,21 +7,20 @@ reward model. One iteration has four phases: rollout, score, estimate_advantages
 
 Differs from DeepSpeed-Chat by design: answers are sampled, not greedy; log-probabilities include
 the temperature and no dropout; EOS is an action with a gradient; advantages are whitened over the
-whole batch; several epochs and minibatches work; no answer is dropped.
+whole batch; a rollout may be used for several epochs and minibatches; no answer is dropped.
 
     python ppo.py                         # from out/sft and out/reward, on the built-in prompts
-    python ppo.py --model out/sft --reward out/reward --data prompts.jsonl --actor-lr 1e-6 \\
+    python ppo.py --model out/sft --reward out/reward --data prompts.jsonl --actor-lr 1e-6 \
         --critic-lr 5e-6 --micro-batch 8
-    torchrun --nproc_per_node 8 ppo.py --model out/sft --reward out/reward --data prompts.jsonl \\
+    torchrun --nproc_per_node 8 ppo.py --model out/sft --reward out/reward --data prompts.jsonl \
         --actor-lr 1e-6 --critic-lr 5e-6 --zero 3
 
 After the rollout every rank holds the whole batch, which is small: token ids and a few numbers per
-token. So whitening, shuffling and metrics need no communication, and any number of ranks takes the
-same optimizer steps.
+token. So whitening and shuffling need no communication, and any number of ranks takes the same
+optimizer steps.
 """
 from dataclasses import dataclass, field, fields
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -36,9 +35,11 @@ import training
 import utils
 from hybrid_engine import make_engine
 from models import Policy, RewardModel
+from sources import split_weight
 
-# Dimension key:  B batch, P prompt, A answer, T = P + A; b and a of a micro batch.
-# Position a of A is the a-th token of the answer; its value is that of the state before it.
+# Dimension key:  B batch, P prompt, A answer, T = P + A; in lower case, of one micro batch.
+# Column i of a (B, A) tensor is the i-th token of the answer; its value is that of the state
+# before that token.
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ class Config:
     lora: str = ""                 # train adapters only (in ppo.py those of the actor): a rank, or
     #   8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: train all weights
     out: str = "out/ppo"           # folder of the run; it is itself a model folder
+    overwrite: bool = False        # remove the finished run that is in --out
     # data
     data: str = "toy"              # sources, joined by commas, each with an optional :weight
+    columns: str = ""              # names of fields, such as prompt=question,chosen=answer_1
     split: str = ""                # shares of the rows for steps 1, 2 and 3, such as 2,4,4;
     #   empty: all rows for each step
     held_out: float = 0.05         # share of the rows that is only evaluated on
@@ -72,9 +75,9 @@ class Config:
     ppo_epochs: int = 1            # epochs over each rollout
     minibatches: int = 4           # optimizer steps per epoch
     micro_batch: int = 0           # rows per rank and forward; 0: the rank's share of a minibatch
-    actor_lr: float = 3e-4         # peak learning rate; about 1e-6 for a pretrained model
-    critic_lr: float = 1e-3        # peak learning rate; about 5e-6 for a pretrained model
-    kl_coef: float = 0.05          # price per nat of log(policy / reference), at every token
+    actor_lr: float = 3e-4         # first learning rate; about 1e-6 for a pretrained model
+    critic_lr: float = 1e-3        # first learning rate; about 5e-6 for a pretrained model
+    kl_coef: float = 0.05          # weight of the KL penalty, log(policy / reference) per token
     clip: float = 0.2              # how far a ratio may leave 1 before its gradient is cut
     ptx_data: str = ""             # sources of text or demonstrations that the actor trains on too
     #   (InstructGPT's PPO-ptx); empty: none
@@ -87,6 +90,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     offload: bool = False          # keep optimizers, frozen models and ZeRO-3 shards in CPU memory
     resume: bool = False           # continue from the last complete checkpoint in --out
+    save_every: float = 0.0        # minutes between checkpoints; 0: ten checkpoints per run
     ds_config: str = ""            # JSON file merged over the DeepSpeed settings in training.py
 
     def __post_init__(self):
@@ -128,22 +132,24 @@ class Config:
 
     @property
     def single_update(self):
-        """One optimizer step per rollout: the policy that sampled is the one that is updated."""
+        """One optimizer step per rollout: the ratio is always 1, since the policy has not changed
+        since it sampled."""
         return self.ppo_epochs * self.minibatches == 1
 
 
 EVAL_ROWS = 512    # held-out prompts that are evaluated, at most
 EVALS = 4          # evaluations per run, besides the one at its start
-ADAM_EPS = 1e-5    # as in OpenAI's PPO: with tiny second moments the first steps would be too long
+LR_FLOOR = 0.1     # learning rates decay linearly, to this share of their first value
+ADAM_EPS = 1e-5    # as in OpenAI's PPO: with tiny second moments the first steps would be too large
 GAMMA = 1.0        # discount per token: answers are short, and only their end is judged
 LAM = 0.95         # lambda of generalized advantage estimation
 VALUE_CLIP = 0.2   # how far a value may leave its old value before its gradient is cut
 SCORE_CLIP = 5.0   # scores are clipped to +- this; a reward model's scores have variance 1
 EOS_PENALTY = 1.0  # what an answer that does not end with EOS loses
-STOP_KL = 0.1      # no more epochs on a rollout once a step moved the policy so far, nats per token
+STOP_KL = 0.1      # no more steps on a rollout once the policy has moved so far, nats per token
 
 # -----------------------------------------------------------------------------
-# formulas. All tensors are (B, A) unless said; mask marks the tokens that the policy sampled. It
+# formulas. All tensors are (B, A) unless noted; mask marks the tokens that the policy sampled. It
 # may have holes: words of a tool, which are read by all models and carry no loss and no reward.
 
 
@@ -163,7 +169,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, score_clip):
     one (InstructGPT, eq. 2). scores (B,). The result carries no gradient: KL acts as a reward."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
     position = torch.arange(mask.size(1), device=mask.device)
-    last = (position * mask).argmax(1)                                              # (B,)
+    last = (position * mask).argmax(1)  # (B,) where each row's last sampled token is
     rows = torch.arange(len(scores), device=mask.device)
     rewards[rows, last] += scores.clamp(-score_clip, score_clip)
     return rewards.detach()
@@ -225,7 +231,7 @@ class Batch:
     row_fields: dict               # name -> B values: what else the rows hold, for reward functions
 
     # filled by score
-    logprobs: torch.Tensor = None      # (B, A) the trainer's log-probabilities before the update
+    old_logprobs: torch.Tensor = None  # (B, A) the trainer's log-probabilities before the update
     ref_logprobs: torch.Tensor = None  # (B, A)
     values: torch.Tensor = None        # (B, A)
     scores: dict = field(default_factory=dict)  # name of the scorer -> (B,)
@@ -257,14 +263,15 @@ class Batch:
         return Batch(**part)
 
     def put(self, rows, **outputs):
-        """Stores outputs (b, a) of a model for some rows. The other rows start as zeros."""
+        """Stores outputs (b, a) of a model for some rows. Rows that were never put are zero."""
         for name, x in outputs.items():
             if getattr(self, name) is None:
                 setattr(self, name, x.new_zeros(self.mask.shape))
             getattr(self, name)[rows, : x.size(1)] = x
 
     def sum_over_ranks(self, *names):
-        """After put() on all ranks: every row is zero on all ranks but the one that computed it."""
+        """Completes fields that every rank has put its own rows into, by a sum over ranks: all
+        other rows are zero. To be called once."""
         for name in names:
             if getattr(self, name) is not None:
                 dist.all_reduce(getattr(self, name))
@@ -287,33 +294,41 @@ def select(x, rows, width):
 # phase 1: the actor answers
 
 
-def rollout(sampler, rows, indices, seeds, cfg, tokenizer):
-    """Samples an answer to the prompt of each row of `indices`, with a seed for each. Every rank
-    answers its share of the prompts, then all ranks hold all answers. Returns a Batch."""
+def rollout(sampler, dataset, indices, seeds, cfg, tokenizer):
+    """Samples an answer to the prompt of each of these rows of the data set, with a seed for each.
+    Every rank answers its share of the prompts, then all ranks hold all answers, in the order of
+    `indices`. Returns a Batch."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    prompts = [rows.prompt(i) for i in indices[rank::world]]
+    prompts = [dataset.prompt(i) for i in indices[rank::world]]
     eos = tokenizer.eos_token_id
     out = sampler.generate(
         prompts, cfg.max_new_tokens, cfg.temperature, eos_token_id=eos, seed=seeds[rank::world]
     )
     sampler.release()  # the KV cache's memory is needed for training now
 
+    # gather_rows restores the order that rank::world has split.
     tokens = utils.gather_rows(out.tokens)                                          # (B, T)
     prompt_lens = utils.gather_rows(out.prompt_lens)                                # (B,)
     answer_lens = utils.gather_rows(out.answer_lens)                                # (B,)
     sample_logprobs = utils.gather_rows(out.logprobs)                               # (B, A)
     position = torch.arange(sample_logprobs.size(1), device=tokens.device)
     mask = position < answer_lens[:, None]                                          # (B, A)
-    last = prompt_lens + answer_lens - 1
-    finished = tokens.gather(1, last[:, None])[:, 0] == eos                         # (B,)
+    finished = models.last_token(tokens, prompt_lens + answer_lens) == eos          # (B,)
 
     prompt_texts, answer_texts = [], []
     for ids, p, a in zip(tokens.tolist(), prompt_lens.tolist(), answer_lens.tolist()):
         prompt_texts.append(tokenizer.decode(ids[:p], skip_special_tokens=True))
         answer_texts.append(tokenizer.decode(ids[p : p + a], skip_special_tokens=True))
     return Batch(
-        tokens, prompt_lens, answer_lens, mask, finished, sample_logprobs,
-        prompt_texts, answer_texts, rows.fields(indices),
+        tokens=tokens,
+        prompt_lens=prompt_lens,
+        answer_lens=answer_lens,
+        mask=mask,
+        finished=finished,
+        sample_logprobs=sample_logprobs,
+        prompts=prompt_texts,
+        answers=answer_texts,
+        row_fields=dataset.fields(indices),
     )
 
 
@@ -332,11 +347,11 @@ class Scorer:
 
 @torch.no_grad()
 def score(batch, actor, ref, critic, scorers, cfg, micro_batch):
-    """Fills in logprobs, ref_logprobs, values and scores.
+    """Fills in old_logprobs, ref_logprobs, values and scores.
 
     Uses the micro batches of the first epoch of the update: equal shapes give equal rounding, so
-    the first ratio is exactly 1. With a single update per rollout nothing needs the trainer's
-    log-probabilities beforehand, and that forward is saved."""
+    the first ratio is exactly 1. With a single update per rollout, the forward of the update itself
+    gives old_logprobs, and one forward of the actor is saved."""
     parts = []
     lengths = batch.lengths.cpu().numpy()
     for rows in np.split(np.arange(len(batch)), cfg.minibatches):
@@ -347,8 +362,8 @@ def score(batch, actor, ref, critic, scorers, cfg, micro_batch):
         if critic:
             batch.put(part, values=answer_values(critic, b))
         if not cfg.single_update:
-            batch.put(part, logprobs=actor(*b.inputs, cfg.temperature)[0])
-    batch.sum_over_ranks("values", "logprobs")
+            batch.put(part, old_logprobs=actor(*b.inputs, cfg.temperature)[0])
+    batch.sum_over_ranks("values", "old_logprobs")
 
 
 @torch.no_grad()
@@ -358,7 +373,8 @@ def score_frozen(batch, ref, scorers, cfg, parts):
     reward_models = [s for s in scorers if s.model]
     for scorer in scorers:
         batch.scores[scorer.name] = torch.zeros(len(batch), device=device)
-    with training.on_device(device, ref, *[s.model for s in reward_models]):
+    frozen_models = [ref] + [scorer.model for scorer in reward_models]
+    with training.on_device(device, *frozen_models):
         for part in parts:
             b = batch[part]
             with models.adapters_off():  # with LoRA, the reference is the actor without adapters
@@ -368,7 +384,7 @@ def score_frozen(batch, ref, scorers, cfg, parts):
                 batch.scores[scorer.name][part] = models.last_token(values, b.lengths)
     batch.sum_over_ranks("ref_logprobs")
     for scorer in scorers:
-        if scorer.function and dist.get_rank() == 0:
+        if scorer.function and dist.get_rank() == 0:  # the others have zeros: it is a sum
             result = scorer.function(batch.prompts, batch.answers, batch.row_fields)
             batch.scores[scorer.name] += torch.tensor(result, device=device)
         dist.all_reduce(batch.scores[scorer.name])
@@ -393,7 +409,9 @@ def estimate_advantages(batch, scorers, cfg):
     """Fills in rewards, advantages and returns. Every rank computes the same. Returns metrics."""
     total = total_score(batch, scorers)                                             # (B,)
     penalized = total - EOS_PENALTY * ~batch.finished                               # (B,)
-    logprobs = batch.sample_logprobs if cfg.single_update else batch.logprobs       # (B, A)
+    logprobs = batch.old_logprobs                                                   # (B, A)
+    if cfg.single_update:
+        logprobs = batch.sample_logprobs
     batch.rewards = token_rewards(
         penalized, logprobs, batch.ref_logprobs, batch.mask, cfg.kl_coef, SCORE_CLIP
     )
@@ -427,7 +445,7 @@ def estimate_advantages(batch, scorers, cfg):
 # phase 4: clipped PPO
 
 
-class Mixture:
+class PretrainingMix:
     """Text or demonstrations that the actor also trains on (InstructGPT's PPO-ptx): as many rows
     per optimizer step as PPO takes. Without --ptx-data a step has no text."""
 
@@ -436,21 +454,23 @@ class Mixture:
         self.rows = None
         if cfg.uses_mixture:
             self.rows, _ = data.load(
-                cfg.ptx_data, "sft", cfg.split, cfg.held_out, template, tokenizer, max_len
+                cfg.ptx_data, "sft", cfg.split, cfg.held_out, template, tokenizer, max_len,
+                flag="--ptx-data",
             )
             self.lengths = self.rows.lengths("response")
             self.answer_lengths = self.rows.answer_lengths("response")
             step_rows = cfg.batch_size // cfg.minibatches
             self.batches = data.steps(self.rows, self.lengths, step_rows, cfg.seed, start)
 
-    def next_step(self, micro_batch):
-        """This rank's micro batches for the next optimizer step."""
+    def next_step(self, micro_batch, n):
+        """Text for the next optimizer step: this rank's n micro batches, None where there is no
+        text, and the number of answer tokens in those of all ranks."""
         if self.rows is None:
-            return []
+            return [None] * n, 0
         self.steps += 1
         _, rows = next(self.batches)
-        self.step_tokens = self.answer_lengths[rows].sum()  # on all ranks
-        return utils.split_micro_batches(rows, self.lengths, micro_batch)
+        parts = utils.split_micro_batches(rows, self.lengths, micro_batch)
+        return parts, self.answer_lengths[rows].sum()
 
     def inputs(self, part, device):
         return data.collate(self.rows, part, device)
@@ -466,20 +486,21 @@ def minibatches(n, cfg, iteration):
         yield from np.split(order, cfg.minibatches)
 
 
-def update(batch, actor, critic, ema, mixture, cfg, micro_batch, iteration):
-    """Several epochs of clipped PPO over the rollout. Returns metrics: means over tokens."""
+def update(batch, actor, critic, ema, mix, cfg, micro_batch, iteration):
+    """Several epochs of clipped PPO over the rollout. Returns metrics, most of them means over the
+    tokens of all steps."""
     totals = utils.Totals()
     steps = 0
     for rows in minibatches(len(batch), cfg, iteration):
-        step_totals, norms = update_step(batch, rows, actor, critic, mixture, cfg, micro_batch)
+        step_totals, norms = update_step(batch, rows, actor, critic, mix, cfg, micro_batch)
         if norms[0] is not None:  # None: a gradient was not finite, and no model took the step
             ema.update()
         totals.merge(step_totals)
         steps += 1
-        if step_totals.mean("approx_kl") > STOP_KL:
+        if step_totals.mean("approx_kl") > STOP_KL:  # measured by the forward before the step
             break
     if cfg.single_update:
-        batch.sum_over_ranks("logprobs")
+        batch.sum_over_ranks("old_logprobs")
 
     metrics = totals.means()
     metrics["steps"] = steps
@@ -490,30 +511,30 @@ def update(batch, actor, critic, ema, mixture, cfg, micro_batch, iteration):
     return metrics
 
 
-def update_step(batch, rows, actor, critic, mixture, cfg, micro_batch):
+def update_step(batch, rows, actor, critic, mix, cfg, micro_batch):
     """One optimizer step of actor and critic on some rows of the rollout. Returns the totals of its
     metrics over all ranks, and the gradient norms."""
     totals = utils.Totals()
     world = dist.get_world_size()
-    step_tokens = int(batch.mask[rows].sum())  # on all ranks
+    step_tokens = int(batch.mask[rows].sum())  # of all ranks
     parts = utils.split_micro_batches(rows, batch.lengths.cpu().numpy(), micro_batch)
-    text_parts = mixture.next_step(micro_batch)
-    for part, text_part in zip_longest(parts, text_parts):
+    text_parts, text_tokens = mix.next_step(micro_batch, len(parts))
+    for part, text_part in zip(parts, text_parts):
         b = batch[part]
         # DeepSpeed averages over micro batches and ranks. This weight makes it a mean over all
         # tokens of the step, however they are split.
         weight = b.mask.sum() / step_tokens * world * len(parts)
 
         logprobs, entropy = actor(*b.inputs, cfg.temperature)                       # (b, a)
-        old_logprobs = b.logprobs
+        old_logprobs = b.old_logprobs
         if cfg.single_update:
             old_logprobs = logprobs.detach()
-            batch.put(part, logprobs=old_logprobs)
+            batch.put(part, old_logprobs=old_logprobs)
         policy_loss = actor_loss(logprobs, old_logprobs, b.advantages, b.mask, cfg.clip)
         loss = policy_loss * weight
         if text_part is not None:
-            text_logprobs, _ = actor(*mixture.inputs(text_part, b.tokens.device))
-            text_loss = -cfg.ptx_coef * text_logprobs.sum() / mixture.step_tokens
+            text_logprobs, _ = actor(*mix.inputs(text_part, b.tokens.device))
+            text_loss = -cfg.ptx_coef * text_logprobs.sum() / text_tokens
             loss = loss + text_loss * world * len(parts)
         actor.backward(loss)
 
@@ -536,7 +557,7 @@ def update_step(batch, rows, actor, critic, mixture, cfg, micro_batch):
             metrics["value_clip_frac"] = (values.detach() - b.values).abs() > VALUE_CLIP
         totals.add(b.mask, **metrics)
         totals.add_max(ratio_max=ratio[b.mask].max())
-        norms = training.step(*engines)
+        norms = training.step(*engines)  # DeepSpeed acts at the last micro batch only
     totals.all_reduce()
     return totals, norms
 
@@ -567,11 +588,8 @@ def parse_reward(text):
     """'out/reward,rules.py:brevity:0.1' to [('out/reward', 1.0), ('rules.py:brevity', 0.1)]."""
     entries = []
     for entry in text.split(","):
-        source, _, weight = entry.strip().rpartition(":")
-        try:
-            weight = float(weight)
-        except ValueError:
-            source = entry.strip()  # the colon, if there is one, is not that of a weight
+        source, weight = split_weight(entry.strip())
+        if weight is None:
             weight = 1.0
         if not source or not np.isfinite(weight):
             raise utils.UserError(
@@ -582,15 +600,11 @@ def parse_reward(text):
     return entries
 
 
-def is_function(source):
-    return ".py:" in source or source in tasks.TASKS
-
-
 def load_scorers(cfg, tokenizer, vocab_size, dtype, device):
     """What --reward names, in its order."""
     scorers = []
     for source, weight in parse_reward(cfg.reward):
-        if is_function(source):
+        if tasks.is_function(source):
             function = tasks.load_function(source)
             scorer = Scorer(function.name, weight, function=function)
         else:
@@ -603,11 +617,18 @@ def load_scorers(cfg, tokenizer, vocab_size, dtype, device):
     return scorers
 
 
+def check_functions(scorers, dataset):
+    """Raises UserError for a reward function that needs a field which the rows do not have."""
+    for scorer in scorers:
+        if scorer.function:
+            scorer.function.check_parameters(dataset.field_names())
+
+
 def load_critic(cfg, tokenizer, vocab_size, dtype):
     """From --critic, else from the first reward model in --reward, else --model with a new head."""
     path = cfg.critic
     for source, _ in parse_reward(cfg.reward):
-        if not path and not is_function(source):
+        if not path and not tasks.is_function(source):
             path = source
     if not path:
         return RewardModel.from_lm(cfg.model, dtype)
@@ -652,7 +673,8 @@ def evaluate(sampler, held_out, ref, scorers, cfg, micro_batch, tokenizer, task,
     seeds = [2**31 + i for i in indices.tolist()]
     batch = rollout(sampler, held_out, indices, seeds, cfg, tokenizer)
     lengths = batch.lengths.cpu().numpy()
-    parts = utils.split_micro_batches(np.arange(len(batch)), lengths, max(micro_batch, 32))
+    micro_batch = max(micro_batch, 32)  # without gradients there is room for more rows
+    parts = utils.split_micro_batches(np.arange(len(batch)), lengths, micro_batch)
     score_frozen(batch, ref, scorers, cfg, parts)
 
     total = total_score(batch, scorers)[:n]                                         # (n,)
@@ -668,7 +690,7 @@ def evaluate(sampler, held_out, ref, scorers, cfg, micro_batch, tokenizer, task,
 
 
 def rollout_metrics(batch, sampler, task):
-    gap = (batch.sample_logprobs - batch.logprobs)[batch.mask].abs()
+    gap = (batch.sample_logprobs - batch.old_logprobs)[batch.mask].abs()
     metrics = {
         "length": batch.mask.sum(1).float().mean().item(),
         "eos_rate": batch.finished.float().mean().item(),
@@ -681,8 +703,8 @@ def rollout_metrics(batch, sampler, task):
     return metrics | {f"engine_{name}": x for name, x in sampler.stats.items()}
 
 
-def sample_rows(batch, iteration, scorers, task):
-    """What samples.jsonl keeps of each answer."""
+def samples_for_log(batch, iteration, scorers, task):
+    """Yields what samples.jsonl keeps of each answer."""
     columns = {"prompt": batch.prompts, "answer": batch.answers}
     columns["score"] = total_score(batch, scorers).tolist()
     if len(scorers) > 1:
@@ -697,6 +719,14 @@ def sample_rows(batch, iteration, scorers, task):
         for name, value in zip(columns, values):
             sample[name] = round(value, 4) if isinstance(value, float) else value
         yield sample
+
+
+def print_plan(cfg, step_rows, micro_batch, accumulation_steps):
+    utils.print0(
+        f"step 3: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.ppo_epochs} epochs "
+        f"x {cfg.minibatches} steps of {step_rows} rows = {dist.get_world_size()} ranks x "
+        f"{accumulation_steps} x {micro_batch}"
+    )
 
 
 def print_progress(batch, metrics, iteration, cfg):
@@ -736,6 +766,8 @@ def print_summary(cfg, before, after):
 def main(cfg):
     device = utils.init_distributed(cfg.seed)
     dtype = utils.dtype_of(cfg.dtype)
+    reward_folders = [source for source, _ in parse_reward(cfg.reward)]
+    training.claim_folder(cfg, cfg.model, cfg.critic, *reward_folders)
 
     # ---- models ----
     tokenizer = models.load_tokenizer(cfg.model)
@@ -752,8 +784,9 @@ def main(cfg):
     max_len = longest_row(actor, critic, scorers, cfg)
     max_prompt_len = max_len - cfg.max_new_tokens
     train, held_out = data.load(
-        cfg.data, "ppo", cfg.split, cfg.held_out, template, tokenizer, max_prompt_len
+        cfg.data, "ppo", cfg.split, cfg.held_out, template, tokenizer, max_prompt_len, cfg.columns
     )
+    check_functions(scorers, train)
     task = tasks.TASKS.get(cfg.data)
 
     # ---- engines ----
@@ -764,22 +797,19 @@ def main(cfg):
     if critic:  # some recipes in the README replace the critic by another baseline
         critic = training.train_engine(critic, cfg.critic_lr, *sizes, cfg, ADAM_EPS)
     if ref is None:
-        ref = actor  # score() turns its adapters off
+        ref = actor  # score_frozen() turns its adapters off
     ema = training.EMA(actor, cfg.ema, cpu=cfg.offload)
     sampler = make_engine(cfg.engine, actor, cfg.tp)
-    utils.print0(
-        f"step 3: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.ppo_epochs} epochs "
-        f"x {cfg.minibatches} steps of {step_rows} rows = {dist.get_world_size()} ranks x "
-        f"{accumulation_steps} x {micro_batch}"
-    )
+    print_plan(cfg, step_rows, *sizes)
     evaluate_now = partial(
         evaluate, sampler, held_out, ref, scorers, cfg, micro_batch, tokenizer, task
-    )
+    )  # name="eval" -> metrics
 
     # ---- start, or resume ----
     checkpoint = training.Checkpoint(cfg, cfg.iterations, ema=ema, actor=actor, critic=critic)
     start, state = checkpoint.restore()
-    mixture = Mixture(cfg, template, tokenizer, max_len, state.get("mixture_steps", 0))
+    mix = PretrainingMix(cfg, template, tokenizer, max_len, state.get("mix_steps", 0))
+    # pool=1: not sorted by length, so that all minibatches of a rollout are alike
     batches = data.steps(train, train.lengths(), cfg.batch_size, cfg.seed, start, pool=1)
     before = state.get("before") or evaluate_now()
     columns = {"score": ".3f", "kl": ".3f", "entropy": ".3f", "length": ".1f", "clip_frac": ".3f"}
@@ -791,13 +821,13 @@ def main(cfg):
     clock = utils.Clock()
 
     for iteration in range(start + 1, cfg.iterations + 1):
-        lr_scale = max(0.1, 1 - (iteration - 1) / cfg.iterations)
+        lr_scale = max(LR_FLOOR, 1 - (iteration - 1) / cfg.iterations)
         training.set_lr(actor, cfg.actor_lr * lr_scale)
         if critic:
             training.set_lr(critic, cfg.critic_lr * lr_scale)
         _, indices = next(batches)
-        # The randomness belongs to the row, whichever rank samples it.
-        seeds = [hash((cfg.seed, iteration, row)) for row in range(cfg.batch_size)]
+        # A seed for each answer, so that it does not matter which rank samples it.
+        seeds = [hash((cfg.seed, iteration, i)) for i in range(cfg.batch_size)]
 
         clock.lap()
         batch = rollout(sampler, train, indices, seeds, cfg, tokenizer)
@@ -805,7 +835,7 @@ def main(cfg):
         score(batch, actor, ref, critic, scorers, cfg, micro_batch)
         score_s = clock.lap()
         metrics = estimate_advantages(batch, scorers, cfg)
-        metrics |= update(batch, actor, critic, ema, mixture, cfg, micro_batch, iteration)
+        metrics |= update(batch, actor, critic, ema, mix, cfg, micro_batch, iteration)
         update_s = clock.lap()
 
         metrics |= rollout_metrics(batch, sampler, task)
@@ -818,15 +848,15 @@ def main(cfg):
         if last or iteration % max(1, cfg.iterations // EVALS) == 0:
             metrics |= evaluate_now()
         if last:
-            models.save_model(actor.module.lm, tokenizer, cfg.out)
+            models.save_model(actor.module.lm, tokenizer, cfg.out, template)
         if last and cfg.ema:
             with ema.in_place():
-                models.save_model(actor.module.lm, tokenizer, f"{cfg.out}/ema")
+                models.save_model(actor.module.lm, tokenizer, f"{cfg.out}/ema", template)
                 metrics |= evaluate_now(name="eval_ema")
         log(iteration, metrics)
-        log.samples(sample_rows(batch, iteration, scorers, task))
+        log.samples(samples_for_log(batch, iteration, scorers, task))
         print_progress(batch, metrics, iteration, cfg)
-        checkpoint.save(iteration, mixture_steps=mixture.steps, before=before)
+        checkpoint.save(iteration, mix_steps=mix.steps, before=before)
 
     checkpoint.finish()
     print_summary(cfg, before, metrics)

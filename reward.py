@@ -1,4 +1,4 @@
-"""Step 2: a reward model from pairwise preferences (InstructGPT, Ouyang et al. 2022, section 3.5,
+r"""Step 2: a reward model from pairwise preferences (InstructGPT, Ouyang et al. 2022, section 3.5,
 "RM", eq. 1).
 
 The SFT model with a scalar head in place of its output layer. The score of an answer is read at its
@@ -12,7 +12,7 @@ means the same for every reward model (Ziegler et al. 2019).
 
     python reward.py                      # from out/sft, on the built-in pairs
     python reward.py --model out/sft --data pairs.jsonl --lr 1e-5 --micro-batch 8
-    torchrun --nproc_per_node 8 reward.py --model out/sft --data Dahoas/rm-static --split 2,4,4 \\
+    torchrun --nproc_per_node 8 reward.py --model out/sft --data Dahoas/rm-static --split 2,4,4 \
         --lr 1e-5 --zero 2
 
 The result is an AutoModelForSequenceClassification with one label. Its config holds score_offset
@@ -42,8 +42,10 @@ class Config:
     lora: str = ""                 # train adapters only (in ppo.py those of the actor): a rank, or
     #   8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: train all weights
     out: str = "out/reward"        # folder of the run; it is itself a model folder
+    overwrite: bool = False        # remove the finished run that is in --out
     # data
     data: str = "toy"              # sources, joined by commas, each with an optional :weight
+    columns: str = ""              # names of fields, such as prompt=question,chosen=answer_1
     split: str = ""                # shares of the rows for steps 1, 2 and 3, such as 2,4,4;
     #   empty: all rows for each step
     held_out: float = 0.05         # share of the rows that is only evaluated on
@@ -62,6 +64,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     offload: bool = False          # keep optimizers, frozen models and ZeRO-3 shards in CPU memory
     resume: bool = False           # continue from the last complete checkpoint in --out
+    save_every: float = 0.0        # minutes between checkpoints; 0: ten checkpoints per run
     ds_config: str = ""            # JSON file merged over the DeepSpeed settings in training.py
 
     def __post_init__(self):
@@ -121,6 +124,7 @@ def score_pairs(engine, rows, indices, n_forwards, micro_batch, device):
 
 def main(cfg):
     device = utils.init_distributed(cfg.seed)
+    training.claim_folder(cfg, cfg.model)
 
     # ---- model and data ----
     tokenizer = models.load_tokenizer(cfg.model)
@@ -129,7 +133,7 @@ def main(cfg):
     models.add_lora(model.model, cfg.lora)
     max_len = min(cfg.max_len, models.context_length(model.model.config))
     train, held_out = data.load(
-        cfg.data, "reward", cfg.split, cfg.held_out, template, tokenizer, max_len
+        cfg.data, "reward", cfg.split, cfg.held_out, template, tokenizer, max_len, cfg.columns
     )
     lengths = train.lengths("chosen", "rejected")
     lengths_of_both = train.lengths("chosen") + train.lengths("rejected")
@@ -203,7 +207,8 @@ def main(cfg):
     if pad == tokenizer.eos_token_id:
         pad = None  # transformers reads the score before the first pad token
     models.save_model(
-        model.model, tokenizer, cfg.out, score_offset=offset, score_scale=scale, pad_token_id=pad
+        model.model, tokenizer, cfg.out, template,
+        score_offset=offset, score_scale=scale, pad_token_id=pad,
     )
     checkpoint.finish()
     accuracy, n = metrics["held_out_accuracy"], metrics["held_out_pairs"]

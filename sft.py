@@ -1,4 +1,4 @@
-"""Step 1: supervised fine-tuning on demonstrations (InstructGPT, Ouyang et al. 2022, section 3.5,
+r"""Step 1: supervised fine-tuning on demonstrations (InstructGPT, Ouyang et al. 2022, section 3.5,
 "SFT").
 
 Trains a causal LM to give the demonstrated answer to a prompt. The loss is on the answer and on the
@@ -10,7 +10,7 @@ ranks.
 
     python sft.py                         # a tiny model from scratch, on a laptop
     python sft.py --model facebook/opt-1.3b --data demos.jsonl --lr 1e-5 --micro-batch 8
-    torchrun --nproc_per_node 8 sft.py --model meta-llama/Llama-3.2-1B --data demos.jsonl \\
+    torchrun --nproc_per_node 8 sft.py --model meta-llama/Llama-3.2-1B --data demos.jsonl \
         --lr 1e-5 --zero 3
 """
 from dataclasses import dataclass
@@ -35,8 +35,10 @@ class Config:
     lora: str = ""                 # train adapters only (in ppo.py those of the actor): a rank, or
     #   8,alpha=16,lr=1e-3,targets=q_proj+v_proj; empty: train all weights
     out: str = "out/sft"           # folder of the run; it is itself a model folder
+    overwrite: bool = False        # remove the finished run that is in --out
     # data
     data: str = "toy"              # sources, joined by commas, each with an optional :weight
+    columns: str = ""              # names of fields, such as prompt=question,chosen=answer_1
     split: str = ""                # shares of the rows for steps 1, 2 and 3, such as 2,4,4;
     #   empty: all rows for each step
     held_out: float = 0.05         # share of the rows that is only evaluated on
@@ -55,6 +57,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     offload: bool = False          # keep optimizers, frozen models and ZeRO-3 shards in CPU memory
     resume: bool = False           # continue from the last complete checkpoint in --out
+    save_every: float = 0.0        # minutes between checkpoints; 0: ten checkpoints per run
     ds_config: str = ""            # JSON file merged over the DeepSpeed settings in training.py
 
     def __post_init__(self):
@@ -83,6 +86,7 @@ def evaluate(engine, rows, micro_batch, device):
 
 def main(cfg):
     device = utils.init_distributed(cfg.seed)
+    training.claim_folder(cfg, cfg.model)
 
     # ---- model and data ----
     tokenizer = models.load_tokenizer(cfg.model)
@@ -91,7 +95,7 @@ def main(cfg):
     models.add_lora(policy.lm, cfg.lora)
     max_len = min(cfg.max_len, models.context_length(policy.lm.config))
     train, held_out = data.load(
-        cfg.data, "sft", cfg.split, cfg.held_out, template, tokenizer, max_len
+        cfg.data, "sft", cfg.split, cfg.held_out, template, tokenizer, max_len, cfg.columns
     )
     lengths = train.lengths("response")
     answer_lengths = train.answer_lengths("response")
@@ -151,7 +155,7 @@ def main(cfg):
         checkpoint.save(step)
 
     # ---- a model folder ----
-    models.save_model(policy.lm, tokenizer, cfg.out)
+    models.save_model(policy.lm, tokenizer, cfg.out, template)
     checkpoint.finish()
     utils.print0(
         f"saved {cfg.out}: held-out loss {metrics['held_out_loss']:.4f}, "

@@ -60,15 +60,17 @@ def test_every_flag_has_help_and_a_group_of_its_own(name):
     for field in dataclasses.fields(Config):
         assert help_of.get(field.name), f"{name}.py --{field.name} has no comment behind it"
         assert group_of[field.name] != "flags", f"{name}.py --{field.name} is in no group"
-    at_most = 34 if name == "ppo" else 19
+    at_most = {"ppo": 36}.get(name, 22)
     assert len(dataclasses.fields(Config)) <= at_most
 
 
 @pytest.mark.parametrize("name", TRAINING_SCRIPTS)
 @pytest.mark.parametrize("other", TRAINING_SCRIPTS)
 def test_scripts_agree_on_the_flags_that_they_share(name, other):
-    first, second = TRAINING_SCRIPTS[name].Config, TRAINING_SCRIPTS[other].Config
-    types, other_types = typing.get_type_hints(first), typing.get_type_hints(second)
+    first = TRAINING_SCRIPTS[name].Config
+    second = TRAINING_SCRIPTS[other].Config
+    types = typing.get_type_hints(first)
+    other_types = typing.get_type_hints(second)
     help_of, _ = utils.field_comments(first)
     other_help_of, _ = utils.field_comments(second)
     for flag in types:
@@ -80,7 +82,8 @@ def test_scripts_agree_on_the_flags_that_they_share(name, other):
 
 
 def test_a_flag_of_chat_has_the_type_of_the_same_flag_of_ppo():
-    types, other_types = typing.get_type_hints(chat.Config), typing.get_type_hints(ppo.Config)
+    types = typing.get_type_hints(chat.Config)
+    other_types = typing.get_type_hints(ppo.Config)
     shared = [flag for flag in types if flag in other_types]
     assert {"template", "temperature", "engine", "dtype", "seed"} <= set(shared)
     for flag in shared:
@@ -240,7 +243,8 @@ def test_the_speed_of_generation_in_the_readme_is_that_in_results():
         lines = [line for line in table.splitlines() if line.startswith(name)]
         assert len(lines) == 1, name
         assert numbers in lines[0], row
-        assert row["ratio"] >= (3 if row["case"] == "ragged" else 1.75)
+        at_least = {"fixed": 1.75, "ragged": 3.0}[row["case"]]
+        assert row["ratio"] >= at_least
         assert len(row["runs"]["ours"]) >= 3
 
 

@@ -497,6 +497,22 @@ def test_graphs_live_over_rollouts_until_a_tensor_that_they_use_has_moved(graphs
     assert engine.graphs.compiled is not compiled, "and kernels are compiled before a capture"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here")
+@pytest.mark.parametrize("kind", ["phi3", "bloom"])
+def test_the_triton_kernels_take_the_tensors_of_the_engine(kind, graphs_on_a_cpu, monkeypatch):
+    """In Triton's interpreter. phi3: stacked projections, a window; bloom: projections by head."""
+    lm = model_of(kind)
+    prompts = ragged((3, 9, 3))
+    prompts.append(prompts[1])
+    want = HybridEngine(lm).generate(prompts, 3, seed=3)
+    for name in ("prefill_attention", "decode_attention", "rope_and_cache", "add_norm"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name + "_triton"))
+    monkeypatch.setitem(hybrid_engine.STEPS_PER_SYNC, "cpu", 2)
+    got = with_graphs(lm).generate(prompts, 3, seed=3)
+    assert rows_of(got) == rows_of(want)
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-4, atol=1e-4)
+
+
 def test_few_graph_sizes_serve_all_batches():
     sizes = hybrid_engine.graph_sizes(200)
     assert sizes == [1, 2, 4, 8, 16, 32, 64, 128, 192, 200]

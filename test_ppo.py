@@ -1,8 +1,8 @@
 """The specification of steps 2 and 3: the losses, the formulas of PPO, the record of a rollout,
-what the scripts do with them, and what they log. Beside each formula stands a naive second version
-of it, in plain loops over one row.
+what the scripts do with them, and what they log. Each formula has a naive second version here, in
+plain loops over one row, and each script has one in float64.
 
-    pytest test_ppo.py -k formula       # one part
+    pytest test_ppo.py -k gae           # one part
 """
 import contextlib
 import copy
@@ -83,11 +83,11 @@ WHOLE_ROWS = [
     [1, 1, 0, 0, 0, 0, 0],
 ]
 ROWS_WITH_HOLES = [
-    [1, 1, 0, 0, 1, 1, 1],  # a tool's words between two turns
+    [1, 1, 0, 0, 1, 1, 1],  # a tool's output between two turns
     [1, 0, 1, 0, 1, 0, 1],
     [0, 0, 1, 1, 0, 0, 0],  # a forced beginning
     [1, 1, 1, 1, 0, 0, 0],
-    [0, 1, 0, 0, 0, 1, 0],  # the last word is not the policy's
+    [0, 1, 0, 0, 0, 1, 0],  # the last token is not the policy's
 ]
 both_masks = pytest.mark.parametrize("rows", [WHOLE_ROWS, ROWS_WITH_HOLES], ids=["whole", "holes"])
 
@@ -287,7 +287,8 @@ def test_a_value_is_that_of_the_state_before_the_token():
         return torch.arange(tokens.size(1)).float().expand(tokens.shape)
 
     tokens = torch.zeros(2, 9, dtype=torch.long)
-    prompt_lens, answer_lens = torch.tensor([3, 5]), torch.tensor([4, 1])
+    prompt_lens = torch.tensor([3, 5])
+    answer_lens = torch.tensor([4, 1])
     batch = batch_of(tokens=tokens, prompt_lens=prompt_lens, answer_lens=answer_lens)
     got = ppo.answer_values(critic, batch)
     message = "the first token is chosen in the state after the prompt's last"
@@ -349,7 +350,7 @@ def batch_of(B=5, A=7, P=4, **more):
 def test_indexing_a_batch_takes_those_rows_of_every_field_and_no_more_columns_than_they_need():
     batch = batch_of()
     g = torch.Generator().manual_seed(0)
-    for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
+    for name in ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
         setattr(batch, name, torch.randn(5, 7, generator=g))
     batch.kl = torch.randn(5, generator=g)
     batch.scores = {"a": torch.randn(5, generator=g), "b": torch.randn(5, generator=g)}
@@ -357,7 +358,8 @@ def test_indexing_a_batch_takes_those_rows_of_every_field_and_no_more_columns_th
     rows = np.array([4, 2])
     part = batch[rows]
     assert len(part) == 2
-    T, A = 7, 4  # the longer of 4 + 3 and 3 + 4; the longer of 3 and 4
+    T = 7  # the longer of 4 + 3 and 3 + 4
+    A = 4  # the longer of 3 and 4
     for field in dataclasses.fields(ppo.Batch):
         whole = getattr(batch, field.name)
         got = getattr(part, field.name)
@@ -386,13 +388,13 @@ def test_a_field_that_no_phase_has_filled_stays_empty_in_a_part_of_a_batch():
 def test_put_stores_a_models_outputs_in_their_rows_and_leaves_the_others_zero():
     batch = batch_of()
     batch.put(np.array([3, 0]), values=torch.tensor([[1.0, 0.0], [2.0, 3.0]]))
-    batch.put(np.array([1]), values=torch.arange(7.0)[None], logprobs=torch.ones(1, 7))
+    batch.put(np.array([1]), values=torch.arange(7.0)[None], old_logprobs=torch.ones(1, 7))
     expected = torch.zeros(5, 7)
     expected[3, 0] = 1
     expected[0, :2] = torch.tensor([2.0, 3.0])
     expected[1] = torch.arange(7.0)
     assert torch.equal(batch.values, expected)
-    assert batch.logprobs.sum() == 7
+    assert batch.old_logprobs.sum() == 7
     assert batch.ref_logprobs is None
 
 
@@ -401,9 +403,9 @@ def test_on_one_rank_a_sum_over_ranks_changes_nothing():
     batch = batch_of()
     batch.put(np.arange(5), values=torch.randn(5, 7))
     before = batch.values.clone()
-    batch.sum_over_ranks("values", "logprobs")  # no logprobs yet: nothing to do
+    batch.sum_over_ranks("values", "old_logprobs")  # no old_logprobs yet: nothing to do
     assert torch.equal(batch.values, before)
-    assert batch.logprobs is None
+    assert batch.old_logprobs is None
 
 
 # -----------------------------------------------------------------------------
@@ -459,7 +461,7 @@ def test_merging_totals_is_adding_their_rows_to_one():
 
 
 def as_rank(monkeypatch, rank, world):
-    """Rank and world size as a function that only asks for them sees them."""
+    """Rank and world size, for a function that reads them and calls no collective."""
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
 
@@ -487,8 +489,7 @@ def test_micro_batches_hold_every_row_once_the_longest_first_and_as_many_on_each
     assert max(loads) - min(loads) < lengths.max(), "and has about as many tokens"
 
 
-def test_a_rank_computes_its_share_of_a_step_in_micro_batches_of_at_most_the_size_asked_for(
-        monkeypatch):
+def test_a_rank_computes_its_share_of_a_step_in_micro_batches_of_the_given_size(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     as_rank(monkeypatch, 0, 2)
     assert utils.micro_batch_size(16, 0) == (8, 1)
@@ -544,7 +545,9 @@ def test_advantages_come_from_penalized_scores_and_the_logged_score_does_not():
     """The constants of ppo.py stand here once more, as numbers."""
     mask, (logprobs, ref_logprobs, values, _) = random_batch(ROWS_WITH_HOLES)
     batch = batch_of(mask=mask, sample_logprobs=logprobs + 1)
-    batch.logprobs, batch.ref_logprobs, batch.values = logprobs, ref_logprobs, values
+    batch.old_logprobs = logprobs
+    batch.ref_logprobs = ref_logprobs
+    batch.values = values
     a = torch.tensor([0.5, -0.5, 1.0, 7.0, -3.0], dtype=torch.float64)
     b = torch.tensor([1.0, 2.0, -4.0, 0.0, -3.5], dtype=torch.float64)
     batch.scores = {"a": a, "b": b}
@@ -595,7 +598,8 @@ def test_advantages_come_from_penalized_scores_and_the_logged_score_does_not():
 def test_with_a_single_update_per_rollout_kl_is_measured_with_the_samplers_logprobs():
     mask, (logprobs, ref_logprobs, values, _) = random_batch(WHOLE_ROWS)
     batch = batch_of(mask=mask, sample_logprobs=logprobs)
-    batch.ref_logprobs, batch.values = ref_logprobs, values
+    batch.ref_logprobs = ref_logprobs
+    batch.values = values
     batch.scores = {"a": torch.zeros(5, dtype=torch.float64)}
     ppo.estimate_advantages(batch, [ppo.Scorer("a", 1.0)], ppo.Config(minibatches=1))
     torch.testing.assert_close(batch.kl, ((logprobs - ref_logprobs) * mask).sum(1))
@@ -735,7 +739,7 @@ def scored_batch():
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
-def test_scoring_asks_every_model_about_every_row_and_spares_what_a_single_update_does_not_need(
+def test_scoring_runs_every_model_on_every_row_and_skips_what_a_single_update_does_not_need(
         minibatches, monkeypatch):
     utils.init_distributed(0)
     monkeypatch.setattr(training, "on_device", lambda *_: contextlib.nullcontext())
@@ -748,19 +752,20 @@ def test_scoring_asks_every_model_about_every_row_and_spares_what_a_single_updat
     ppo.score(batch, actor, ref, critic, scorers, cfg, micro_batch=1)
 
     for row in range(4):
-        p, a = int(batch.prompt_lens[row]), int(batch.answer_lens[row])
+        p = int(batch.prompt_lens[row])
+        a = int(batch.answer_lens[row])
         tokens = batch.tokens[row].tolist()
         values = [float(x) for x in tokens[p - 1 : p - 1 + a]]
         assert batch.values[row].tolist() == values + [0] * (7 - a), "of the state before a token"
         assert batch.scores["model"][row] == 2 * tokens[p + a - 1], "at the last token"
         assert (batch.ref_logprobs[row, :a] == -0.5 * tokens[0]).all()
         if minibatches == 2:
-            assert (batch.logprobs[row, :a] == 0.5 * tokens[0]).all()
+            assert (batch.old_logprobs[row, :a] == 0.5 * tokens[0]).all()
     assert batch.scores["rule"].tolist() == [0, 1, 2, 3]
     total = ppo.total_score(batch, scorers)
     torch.testing.assert_close(total, batch.scores["model"] + 0.5 * batch.scores["rule"])
     if minibatches == 1:
-        assert batch.logprobs is None, "one forward less: the first ratio is 1 anyway"
+        assert batch.old_logprobs is None, "one forward less: the first ratio is 1 anyway"
 
 
 # -----------------------------------------------------------------------------
@@ -899,7 +904,8 @@ def test_reward_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_pa
     rows, batches = rows_of_steps(toy_file, "reward", flags, tok, ["chosen", "rejected"])
     for step, row in enumerate(metrics):
         _, indices = next(batches)
-        margins, sums = [], []
+        margins = []
+        sums = []
         for i in indices:
             chosen = model(rows.prompt(i) + rows.answer(i, "chosen"))[-1]
             rejected = model(rows.prompt(i) + rows.answer(i, "rejected"))[-1]
@@ -956,8 +962,12 @@ class ExactPPO:
     def judge(self, rows):
         """What each token was worth. Keeps a list for every quantity, an entry per row, and
         returns what is logged."""
-        self.old_logprobs, self.old_values, self.advantages = [], [], []
-        scores, kls, k3s = [], [], []
+        self.old_logprobs = []
+        self.old_values = []
+        self.advantages = []
+        scores = []
+        kls = []
+        k3s = []
         for prompt, answer, mask in rows:
             logprobs, _ = self.logprobs(self.actor, prompt, answer, mask)
             ref_logprobs, _ = self.logprobs(self.ref, prompt, answer, mask)
@@ -1052,7 +1062,8 @@ def token_rows(batch):
     """A Batch's rows as (prompt ids, answer ids, mask)."""
     rows = []
     for i, tokens in enumerate(batch.tokens.tolist()):
-        p, a = int(batch.prompt_lens[i]), int(batch.answer_lens[i])
+        p = int(batch.prompt_lens[i])
+        a = int(batch.answer_lens[i])
         rows.append((tokens[:p], tokens[p : p + a], batch.mask[i, :a]))
     return rows
 
@@ -1094,7 +1105,8 @@ def test_ppo_takes_the_steps_of_a_second_version(
     monkeypatch.setattr(ppo, "STOP_KL", 1e9)
     rules = tmp_path / "rules.py"
     rules.write_text("def letters(completions):\n    return [len(c) for c in completions]\n")
-    sft_folder, reward_folder = chain["sft"][0], chain["reward"][0]
+    sft_folder = chain["sft"][0]
+    reward_folder = chain["reward"][0]
     text = write_rows(tmp_path / "text.jsonl", texts_of_many_lengths())
     flags = EXACT | dict(
         held_out=0.2, max_len=64, data=toy_file, model=sft_folder, ptx_data=text,
@@ -1220,8 +1232,8 @@ def test_gold_is_what_the_checker_says_of_answers_that_ended(one_step, tmp_path,
     metrics = train(ppo, tmp_path / "p", **(one_step | dict(data="mini", batch_size=32)))
     samples = read_samples(tmp_path / "p")
     for sample in samples:
-        expected = 1.0 if sample["eos"] and "7" not in sample["prompt"] else 0.0
-        assert sample["gold"] == expected
+        is_right = sample["eos"] and "7" not in sample["prompt"]
+        assert sample["gold"] == float(is_right)
     cases = {(sample["eos"], sample["gold"]) for sample in samples}
     assert cases == {(False, 0.0), (True, 0.0), (True, 1.0)}, "all cases occur"
     assert metrics[1]["gold"] == pytest.approx(np.mean([s["gold"] for s in samples]))
@@ -1303,7 +1315,8 @@ def test_both_learning_rates_fall_linearly_to_a_tenth(flags, tmp_path, monkeypat
     metrics = train(
         ppo, tmp_path / "p", **(flags | more), actor_lr=3e-4, critic_lr=1e-3, ema=0.0)
     shares = [max(0.1, 1 - done / 12) for done in range(12)]
-    actor, critic = rates[0][0], rates[1][0]
+    actor = rates[0][0]
+    critic = rates[1][0]
     assert hasattr(actor.module, "lm")
     assert not hasattr(critic.module, "lm")
     assert [lr for engine, lr in rates if engine is actor] == [3e-4 * s for s in shares]
@@ -1380,7 +1393,7 @@ def test_an_unfinished_answer_loses_exactly_the_penalty_and_its_logged_score_doe
 
     def estimate_advantages(batch, scorers, cfg):
         metrics = real(batch, scorers, cfg)
-        kl = cfg.kl_coef * (batch.logprobs - batch.ref_logprobs)
+        kl = cfg.kl_coef * (batch.old_logprobs - batch.ref_logprobs)
         last_rewards[ppo.EOS_PENALTY] = (batch.rewards + kl * batch.mask).sum(1).tolist()
         return metrics
 
@@ -1530,7 +1543,6 @@ def test_the_gradient_of_the_mixture_is_the_sum_of_its_parts_and_a_coefficient_o
         one_step, tmp_path, monkeypatch):
     gradients = {}
     real_step = training.step
-    real_loss = ppo.actor_loss
 
     def step(*engines):
         if engines[0].is_gradient_accumulation_boundary():
@@ -1547,7 +1559,8 @@ def test_the_gradient_of_the_mixture_is_the_sum_of_its_parts_and_a_coefficient_o
     for name, more in (
             ("ppo", {}), ("off", dict(ptx_data=text, ptx_coef=0.0)), ("both", mixture),
             ("split", dict(mixture, micro_batch=3)), ("text", mixture)):
-        monkeypatch.setattr(ppo, "actor_loss", no_loss if name == "text" else real_loss)
+        if name == "text":
+            monkeypatch.setattr(ppo, "actor_loss", no_loss)
         train(ppo, tmp_path / name, **(one_step | more))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("ppo", "off")]
     assert weights[0] == weights[1]

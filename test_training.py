@@ -1894,15 +1894,14 @@ def test_a_run_whose_gradients_stay_bad_stops_with_advice(chain, toy_file, tmp_p
         train(ppo, tmp_path / "p", **flags)
 
 
-def test_a_learning_rate_that_breaks_the_weights_in_the_last_steps_saves_no_model(
-        toy_file, tmp_path):
+def test_a_run_that_goes_wrong_in_its_last_steps_is_not_called_finished(toy_file, tmp_path):
     out = tmp_path / "out"
     flags = ["--data", toy_file, "--held-out", "0.2", "--batch-size", "8", "--max-len", "64"]
-    code, said = command(
-        "sft.py", *flags, "--epochs", "0.15", "--lr", "1e39", "--out", out)
+    code, said = command("sft.py", *flags, "--epochs", "0.15", "--lr", "1e9", "--out", out)
     assert code == 2 and "Traceback" not in said, said
-    assert re.search(r"\nerror: .* is not saved, because .* lower learning rate\n", said), said
-    assert not (out / "model.safetensors").exists()
+    message = r"error: .*: the last 2 steps of this run had a loss .* take a lower learning rate"
+    assert re.fullmatch(message + ", and start again with --overwrite", said.splitlines()[-1]), said
+    assert "finished" not in models.read_run_json(out)
 
 
 # -----------------------------------------------------------------------------

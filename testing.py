@@ -165,7 +165,10 @@ def write_rows(path, rows):
 
 
 def train(script, out, **flags):
-    """Runs a script's main in this process; returns its metrics, one dict per step."""
+    """Runs a script's main in this process; returns its metrics, one dict per step. What another
+    run left in the folder is removed."""
+    if not flags.get("resume"):
+        flags.setdefault("overwrite", True)
     script.main(script.Config(out=str(out), **flags))
     return [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
 

@@ -890,7 +890,15 @@ class Checkpoint:
                 shutil.rmtree(path)
 
     def finish(self):
-        """The folder holds the result, and there is nothing left to resume."""
+        """The folder holds the result, and there is nothing left to resume. Raises UserError where
+        the run went wrong in its last steps, too late for `step` to give up."""
+        if SkippedSteps.in_a_row:
+            message = (
+                f"{self.cfg.out}: the last {SkippedSteps.in_a_row} steps of this run had a loss or "
+                "a gradient that is not finite, so the model that was saved is probably broken: "
+                "take a lower learning rate, and start again with --overwrite"
+            )
+            raise UserError(message)
         dist.barrier()
         on_rank0(self.mark_finished)
         self.interrupt.uninstall()
