@@ -31,6 +31,7 @@ import utils
 from models import RewardModel
 
 README = (HERE / "README.md").read_text()
+RECIPES = README + (HERE / "RECIPES.md").read_text()
 TRAINING_SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo}
 SCRIPTS = {**TRAINING_SCRIPTS, "chat": chat, "demo": demo}
 
@@ -253,10 +254,11 @@ def test_the_speed_of_generation_in_the_readme_is_that_in_results():
 
 
 def recipes():
-    """{title: [(old lines, new lines)]} of the README's diffs: **title**, a text, the diff."""
+    """{title: [(old lines, new lines)]} of all diffs in README.md and RECIPES.md, which are written
+    as **title**, a text, the diff."""
     found = {}
     pattern = r"\*\*([^*\n]+)\*\*((?!\*\*|```).)*```diff\n(.*?)```"
-    for title, _, diff in re.findall(pattern, README, re.S):
+    for title, _, diff in re.findall(pattern, RECIPES, re.S):
         hunks = []
         for old, new in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)+)", diff, re.M):
             hunks.append((without_signs(old), without_signs(new)))
