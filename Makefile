@@ -1,7 +1,8 @@
 # Two commands are all the set-up there is: `make demo` and `make test`.
 PYTHON ?= python3
 PY = .venv/bin/python
-TESTS = test_kernels.py test_engine.py test_data.py test_training.py test_ppo.py test_bench.py test_docs.py
+TESTS = test_kernels.py test_engine.py test_dryrun.py test_data.py test_training.py test_ppo.py test_bench.py \
+	test_docs.py
 
 demo: .venv/ready
 	$(PY) demo.py

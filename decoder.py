@@ -28,11 +28,11 @@ from models import gathered, is_conv1d
 from utils import UserError
 
 # -----------------------------------------------------------------------------
-# blocks: how attention, MLP, norms and the residual stream fit together in a layer
+# blocks: how norms, attention, MLP and residual stream are put together in a layer
 #
-# The residual stream of a block is residual + delta, where delta is what the half layer before
-# added last: the sum and the norm that follows it are one kernel. The first residual is None.
-# A block takes and returns (delta, residual), (N, E) each; attention and mlp are functions of h.
+# A block takes and returns delta and residual, (N, E) each. The residual stream is their sum: delta
+# is the output of the last half layer and not yet added, because the sum and the norm that follows
+# are one kernel. Before the first layer residual is None. attention and mlp are functions of h.
 
 
 def pre_norm(layer, delta, residual, attention, mlp):
@@ -475,7 +475,8 @@ class Decoder:
             if n % tp:
                 raise UserError(f"tp={tp} does not divide the {n} {what}")
         for first in range(0, counts["ranks"], tp):
-            group = dist.new_group(range(first, first + tp))  # collective: every rank makes each
+            # A collective: every rank makes every group.
+            group = dist.new_group(list(range(first, first + tp)))
             if first <= dist.get_rank() < first + tp:
                 self.group = group
                 self.tp_rank = dist.get_rank() - first
@@ -485,8 +486,8 @@ class Decoder:
     # ---- loading ----
 
     def load(self):
-        """Refers to all weights; copies them under ZeRO-3 and tensor parallelism, once until
-        release()."""
+        """Refers to all weights. Under ZeRO-3 and tensor parallelism it copies them, unless there
+        are copies already: until release()."""
         sharded = any(hasattr(p, "ds_id") for p in self.module.parameters())
         self.copies = sharded or self.tp > 1
         if self.copies and self.layers is not None:
@@ -506,14 +507,12 @@ class Decoder:
             self.weight_bytes -= self.embed.numel() * self.embed.element_size()
 
     def keep(self, weights):
-        """By reference where the training weight is whole and stays; otherwise a copy, since what
-        ZeRO-3 gathers for a layer is gone after it."""
+        """Copies weights that do not last: what ZeRO-3 gathers is freed after `with gathered`."""
         return copied(weights) if self.copies else weights
 
     def load_ends(self):
         """What comes before the first layer and after the last one."""
         family = self.family
-
         get = partial(submodule, self.backbone)
         embed = get(family.embed)
         embed_positions = get(family.embed_positions)
@@ -587,7 +586,7 @@ class Decoder:
         )
 
     def share(self, n):
-        """Which of n outputs, inputs or heads are this rank's."""
+        """Which of n outputs, inputs or heads belong to this rank."""
         return slice(n * self.tp_rank // self.tp, n * (self.tp_rank + 1) // self.tp)
 
     def slice_outputs(self, linear):
@@ -595,8 +594,8 @@ class Decoder:
 
     def slice_qkv(self, qkv, q_norm):
         if q_norm is not None and len(q_norm.weight) > self.head_dim:
-            return qkv  # the norm needs all heads; qkv() takes this rank's after it
-        if self.family.qkv_order == "stacked":  # a rank has a share of each of the three
+            return qkv  # OLMo-2's norm needs all heads; qkv() slices them after it
+        if self.family.qkv_order == "stacked":  # a rank needs its share of each of the three
             q = self.num_heads * self.tp * self.head_dim
             k = self.num_kv_heads * self.tp * self.head_dim
             parts = (slice(0, q), slice(q, q + k), slice(q + k, None))
@@ -668,7 +667,8 @@ class Decoder:
 
     def attention(self, layer, attend, h):
         q, k, v = self.qkv(layer, h)
-        return self.sum_over_ranks(layer.out, attend(layer, q, k, v).flatten(1))
+        o = attend(layer, q, k, v)                                            # (N, H, D)
+        return self.sum_over_ranks(layer.out, o.flatten(1))                   # (N, E)
 
     def qkv(self, layer, h):
         """Queries (N, H, D), keys and values (N, K, D)."""
@@ -682,7 +682,7 @@ class Decoder:
         if layer.q_norm is not None:
             q = layer.q_norm.of_heads(q)
             k = layer.k_norm.of_heads(k)
-        if q.size(1) > H:  # tensor parallelism with a norm over all heads: this rank's
+        if q.size(1) > H:  # all heads, because of the norm: take those of this rank
             q, k, v = (x[:, self.share(x.size(1))] for x in (q, k, v))
         return q, k, v
 
@@ -691,7 +691,7 @@ class Decoder:
             h = self.activation(layer.gate(h)) * layer.up(h)
         else:
             h = self.activation(layer.up(h))
-        return self.sum_over_ranks(layer.down, h)
+        return self.sum_over_ranks(layer.down, h)                             # (N, E)
 
     def sum_over_ranks(self, linear, x):
         """A projection whose inputs are spread over the tensor-parallel ranks. This is the one

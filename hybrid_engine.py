@@ -40,7 +40,8 @@ from utils import UserError, print0
 # Most tokens of one prefill. It bounds the memory of activations; on a CPU they fit in its cache.
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}
 
-# Decode steps before the host looks which rows have ended: on a GPU looking means waiting for it.
+# Decode steps between two reads of the flags that say which rows have ended. On a GPU the host
+# waits at a read, and then the GPU waits for the host.
 STEPS_PER_SYNC = {"cuda": 8, "cpu": 1}
 
 # Bytes per second, from NVIDIA's data sheets.
@@ -562,16 +563,15 @@ class HybridEngine:
         return self.decoder.logits(hidden[last])
 
     def decode_step(self, n):
-        """One token for each of the first n slots. Only launches kernels: a CUDA graph can hold it.
-
-        Rows that have ended, and slots without a row, are computed too, and change nothing.
-        """
+        """One token for each of the first n slots. It only launches kernels, so that a CUDA graph
+        can hold it. Rows that have ended and empty slots are computed too, and change nothing."""
         cache = self.cache
         slots = cache.slots[:n]
         lengths = cache.lengths[:n]
         positions = lengths - 1                                               # of the newest token
         tokens = cache.tokens[:n].gather(1, positions[:, None])[:, 0]         # (n,)
-        key_lengths = torch.where(cache.done[:n], 0, lengths)  # these need not read any keys
+        # Rows that have ended read no keys and values: they would cost bandwidth.
+        key_lengths = torch.where(cache.done[:n], 0, lengths)                 # (n,)
 
         def attend(layer, q, k, v):
             q, k = self.rope_and_cache(layer, q, k, v, slots, positions)
@@ -599,7 +599,7 @@ class HybridEngine:
         u = kernels.uniform(cache.keys[slots], lengths)
         new, logprob = kernels.sample(logits, u, *self.sampling)              # (n,), (n,)
 
-        # A row that has ended writes to its last place what is there already.
+        # A row that has ended overwrites its last token with the same one.
         lengths = lengths + running
         last = lengths - 1
         cache.tokens[slots, last] = torch.where(running, new, cache.tokens[slots, last])

@@ -141,25 +141,13 @@ def load_pretrained(auto_class, path, config, may_miss=()):
         message = f"{path}: the model cannot be loaded ({first_line(error)})"
         raise UserError(message) from None
 
-    problems = {"lacks": [], "has unknown": [], "has the wrong shape for": []}
-    for name in info["missing_keys"]:
-        if not name.startswith(tuple(may_miss)):
-            problems["lacks"].append(name)
+    missing = [name for name in info["missing_keys"] if not name.startswith(tuple(may_miss))]
+    require_none(path, "lacks", missing)
     if not may_miss:
-        problems["has unknown"] += info["unexpected_keys"]
-    for name in info["mismatched_keys"]:
-        if isinstance(name, tuple):  # (name, shape in the file, shape in the model)
-            name = name[0]
-        problems["has the wrong shape for"].append(name)
-    for problem, names in problems.items():
-        if names:
-            tensors = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-            message = (
-                f"{path}: the file {problem} {tensors}, such as {min(names)}; it is not a whole "
-                "model of this kind, and random weights in its place would train without an error"
-            )
-            raise UserError(message)
-
+        require_none(path, "has unknown", info["unexpected_keys"])
+    # An entry may be (name, shape in the file, shape in the model).
+    misshapen = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    require_none(path, "has the wrong shape for", misshapen)
     for name, weight in model.named_parameters():
         if not all_finite(weight):
             message = (
@@ -168,6 +156,18 @@ def load_pretrained(auto_class, path, config, may_miss=()):
             )
             raise UserError(message)
     return model
+
+
+def require_none(path, problem, names):
+    """Raises UserError where a file has this problem with any tensor."""
+    if not names:
+        return
+    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    message = (
+        f"{path}: the file {problem} {count}, such as {min(names)}; it is not a whole model of "
+        "this kind, and random weights in its place would train without an error"
+    )
+    raise UserError(message)
 
 
 def all_finite(x):

@@ -338,11 +338,21 @@ def rollout(sampler, dataset, indices, seeds, cfg, tokenizer):
 
 @dataclass
 class Scorer:
-    """One entry of --reward: a reward model or a Python function."""
+    """One entry of --reward: a reward model or a Python function.
+
+    PPO sees (score - mean) / std, so that clips and the KL coefficient mean the same for every
+    scorer (Ziegler et al. 2019). The statistics are those of the first rollout; a reward model of
+    reward.py is normalized already."""
     name: str
     weight: float
     model: torch.nn.Module = None  # a frozen RewardModel
     function: object = None        # (prompts, answers, row fields) -> list of floats
+    mean: float = 0.0
+    std: float = 1.0
+
+    @property
+    def is_normalized(self):
+        return self.model is not None and hasattr(self.model.model.config, "score_scale")
 
 
 @torch.no_grad()
@@ -397,8 +407,33 @@ def answer_values(critic, batch):
 
 
 def total_score(batch, scorers):
-    """The scorers' weighted sum, (B,)."""
+    """The weighted sum of the scores as they are, (B,)."""
     return sum(s.weight * batch.scores[s.name] for s in scorers)
+
+
+def normalized_score(batch, scorers):
+    """The weighted sum of the normalized scores, (B,)."""
+    return sum(s.weight * (batch.scores[s.name] - s.mean) / s.std for s in scorers)
+
+
+def fit_normalization(batch, scorers):
+    """Takes mean and standard deviation from the first rollout, for those that come without."""
+    for scorer in scorers:
+        if scorer.is_normalized:
+            continue
+        scores = batch.scores[scorer.name]
+        scorer.mean = scores.mean().item()
+        scorer.std = scores.std().item()
+        if scorer.std == 0:
+            raise utils.UserError(
+                f"--reward {scorer.name}: all {len(scores)} answers of the first rollout have the "
+                f"score {scorer.mean:g}, so there is nothing to learn from; look at the function, "
+                "or start from a model that sometimes earns another score"
+            )
+        utils.print0(
+            f"    scorer {scorer.name}: PPO sees (score - {scorer.mean:.4g}) / {scorer.std:.4g}, "
+            "from the first rollout"
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -408,7 +443,8 @@ def total_score(batch, scorers):
 def estimate_advantages(batch, scorers, cfg):
     """Fills in rewards, advantages and returns. Every rank computes the same. Returns metrics."""
     total = total_score(batch, scorers)                                             # (B,)
-    penalized = total - EOS_PENALTY * ~batch.finished                               # (B,)
+    normalized = normalized_score(batch, scorers)                                   # (B,)
+    penalized = normalized - EOS_PENALTY * ~batch.finished                          # (B,)
     logprobs = batch.old_logprobs                                                   # (B, A)
     if cfg.single_update:
         logprobs = batch.sample_logprobs
@@ -617,6 +653,17 @@ def load_scorers(cfg, tokenizer, vocab_size, dtype, device):
     return scorers
 
 
+def run_state(mix, before, scorers):
+    """What a checkpoint keeps besides models and optimizers."""
+    statistics = [[s.mean, s.std] for s in scorers]
+    return {"mix_steps": mix.steps, "before": before, "scorers": statistics}
+
+
+def restore_normalization(scorers, state):
+    for scorer, statistics in zip(scorers, state.get("scorers", [])):
+        scorer.mean, scorer.std = statistics
+
+
 def check_functions(scorers, dataset):
     """Raises UserError for a reward function that needs a field which the rows do not have."""
     for scorer in scorers:
@@ -735,7 +782,7 @@ def print_progress(batch, metrics, iteration, cfg):
         utils.print0(f"    {batch.prompts[0][-60:]!r} -> {batch.answers[0]!r}")
     if metrics["score_clipped"] > 0.2:
         utils.print0(
-            f"    warning: {metrics['score_clipped']:.0%} of the scores are outside "
+            f"    warning: {metrics['score_clipped']:.0%} of the normalized scores are outside "
             f"+-{SCORE_CLIP} and are clipped, so they all look alike; give the scorer a smaller "
             "weight, such as --reward rules.py:length:0.1"
         )
@@ -808,6 +855,7 @@ def main(cfg):
     # ---- start, or resume ----
     checkpoint = training.Checkpoint(cfg, cfg.iterations, ema=ema, actor=actor, critic=critic)
     start, state = checkpoint.restore()
+    restore_normalization(scorers, state)
     mix = PretrainingMix(cfg, template, tokenizer, max_len, state.get("mix_steps", 0))
     # pool=1: not sorted by length, so that all minibatches of a rollout are alike
     batches = data.steps(train, train.lengths(), cfg.batch_size, cfg.seed, start, pool=1)
@@ -834,6 +882,8 @@ def main(cfg):
         rollout_s = clock.lap()
         score(batch, actor, ref, critic, scorers, cfg, micro_batch)
         score_s = clock.lap()
+        if iteration == 1:
+            fit_normalization(batch, scorers)
         metrics = estimate_advantages(batch, scorers, cfg)
         metrics |= update(batch, actor, critic, ema, mix, cfg, micro_batch, iteration)
         update_s = clock.lap()
@@ -856,7 +906,7 @@ def main(cfg):
         log(iteration, metrics)
         log.samples(samples_for_log(batch, iteration, scorers, task))
         print_progress(batch, metrics, iteration, cfg)
-        checkpoint.save(iteration, mix_steps=mix.steps, before=before)
+        checkpoint.save(iteration, **run_state(mix, before, scorers))
 
     checkpoint.finish()
     print_summary(cfg, before, metrics)

@@ -80,7 +80,15 @@ def assert_close(got, want, dtype, what, times=1):
 # matrix products
 
 
-@pytest.mark.parametrize("shape, out", [((5, 8), 24), ((3, 7, 24), 8), ((1, 8), 8), ((2, 3, 8), 1)])
+@pytest.mark.parametrize(
+    "shape, out",
+    [
+        ((5, 8), 24),
+        ((3, 7, 24), 8),
+        ((1, 8), 8),
+        ((2, 3, 8), 1),
+    ],
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_linear_and_its_gradients_are_those_of_autograd(shape, out, bias, frozen):
@@ -342,7 +350,14 @@ def test_decode_in_one_split_and_in_many_agree(device, dtype):
 
 @on_every_device
 @pytest.mark.parametrize(
-    "H, K, D, R", [(4, 4, 64, 0), (3, 1, 64, 64), (8, 2, 80, 20), (2, 2, 96, 24), (1, 1, 256, 256)]
+    "H, K, D, R",
+    [
+        (4, 4, 64, 0),
+        (3, 1, 64, 64),
+        (8, 2, 80, 20),
+        (2, 2, 96, 24),
+        (1, 1, 256, 256),
+    ],
 )
 def test_rope_rotates_and_the_cache_holds_rotated_keys(device, dtype, H, K, D, R):
     N = 5
@@ -484,7 +499,14 @@ def test_uniform_numbers_depend_on_row_and_position_alone():
 
 @on_every_device
 @pytest.mark.parametrize(
-    "V, temperature", [(1, 1.0), (7, 0.7), (5000, 1.3), (5000, 0.0), (4096, 1.0)]
+    "V, temperature",
+    [
+        (1, 1.0),
+        (7, 0.7),
+        (5000, 1.3),
+        (5000, 0.0),
+        (4096, 1.0),
+    ],
 )
 def test_the_kernel_draws_the_tokens_that_pytorch_draws(device, dtype, V, temperature):
     u = torch.linspace(2**-25, 1 - 2**-24, 16, dtype=torch.float32)
@@ -503,7 +525,9 @@ def test_the_kernel_draws_the_tokens_that_pytorch_draws(device, dtype, V, temper
     if greedy:
         same = tokens == want
     else:  # rounding may decide differently where u meets the boundary of two tokens
-        boundary = log_p.exp().cumsum(-1).gather(1, torch.minimum(tokens, want)[:, None])[:, 0]
+        cdf = log_p.exp().cumsum(-1)                                    # (16, V)
+        first = torch.minimum(tokens, want)
+        boundary = cdf.gather(1, first[:, None])[:, 0]
         same = (tokens == want) | ((boundary - u).abs() < 1e-5)
     assert same.all(), f"tokens {tokens.tolist()} instead of {want.tolist()}"
     want_logprobs = log_p.gather(1, tokens[:, None])[:, 0]
@@ -558,7 +582,9 @@ def logprobs_of_kernels(hidden, weight, targets, g, g_entropy, temperature):
     """The same of kernels.py. hidden and weight require gradients."""
     device = hidden.device
     logprobs, entropy = kernels.token_logprobs(hidden, weight, targets.to(device), temperature)
-    loss = (logprobs * g.to(device)).sum() + (entropy * g_entropy.to(device)).sum()
+    g = g.to(device)
+    g_entropy = g_entropy.to(device)
+    loss = (logprobs * g).sum() + (entropy * g_entropy).sum()
     return logprobs, entropy, *torch.autograd.grad(loss, (hidden, weight))
 
 
@@ -580,7 +606,13 @@ NAMES = ("logprobs", "entropy", "gradient of hidden", "gradient of weight")
     ],
 )
 @pytest.mark.parametrize(
-    "N, E, V, temperature", [(7, 5, 11, 1.0), (5, 8, 5003, 0.7), (0, 3, 4, 1.0), (1, 3, 1, 1.0)]
+    "N, E, V, temperature",
+    [
+        (7, 5, 11, 1.0),
+        (5, 8, 5003, 0.7),
+        (0, 3, 4, 1.0),
+        (1, 3, 1, 1.0),
+    ],
 )
 def test_token_logprobs_and_their_gradients_are_those_of_autograd(
     half, device, dtype, N, E, V, temperature, monkeypatch
@@ -610,14 +642,19 @@ def test_float32_logits_of_a_bfloat16_model(half, monkeypatch):
     """What kernels.logits returns on a GPU: log-probabilities lose nothing to bfloat16."""
     if half == "Triton":
         use_triton_on_cpu(monkeypatch)
-    monkeypatch.setattr(kernels, "logits", lambda hidden, weight: hidden.float() @ weight.T.float())
+
+    def float32_logits(hidden, weight):
+        return hidden.float() @ weight.T.float()
+
+    monkeypatch.setattr(kernels, "logits", float32_logits)
     monkeypatch.setattr(kernels.TokenLogprobs, "CHUNK", {"cpu": 900})  # three rows at a time
     hidden, weight, *rest = make_logprobs_case(7, 16, 300, torch.bfloat16)
     want = logprobs_of_autograd(hidden, weight, *rest, 0.7)
     hidden = hidden.bfloat16().requires_grad_()
     weight = weight.bfloat16().requires_grad_()
     got = logprobs_of_kernels(hidden, weight, *rest, 0.7)
-    for name, x, y, dtype in zip(NAMES, got, want, [torch.float32] * 2 + [torch.bfloat16] * 2):
+    dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
+    for name, x, y, dtype in zip(NAMES, got, want, dtypes):
         assert x.dtype == dtype
         assert_close(x, y, dtype, f"{half}: {name}")
 
@@ -654,7 +691,11 @@ def test_token_logprobs_gives_a_frozen_head_no_gradient():
 
 @NO_GPU
 def test_gpu_graph_of_a_decode_step_serves_all_lengths():
-    B, H, C, D, V = 3, 8, 300, 64, 1000
+    B = 3
+    H = 8
+    C = 300
+    D = 64
+    V = 1000
     q = torch.randn(B, H, D).to("cuda", torch.bfloat16)
     k, v = torch.randn(2, B, H, C, D).to("cuda", torch.bfloat16)
     logits = torch.randn(B, V).to("cuda", torch.bfloat16)
@@ -684,7 +725,14 @@ def test_gpu_graph_of_a_decode_step_serves_all_lengths():
 
 @NO_GPU
 @pytest.mark.parametrize("D", [8, 16, 32, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("K, window, slopes", [(16, 0, False), (4, 100, True), (2, 0, False)])
+@pytest.mark.parametrize(
+    "K, window, slopes",
+    [
+        (16, 0, False),
+        (4, 100, True),
+        (2, 0, False),
+    ],
+)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_gpu_attention_at_real_sizes(D, K, window, slopes, softcap):
     H = 16
@@ -866,7 +914,9 @@ def launch_vocabulary(V, dtype):
 
 def compile_cases(full):
     """Yields a description, and a function that launches kernels. full: more dtypes."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    bf16 = torch.bfloat16
+    fp16 = torch.float16
+    fp32 = torch.float32
     head_sizes = (8, 16, 32, 64, 80, 96, 128, 256)
     if full:
         sizes = [(D, dtype) for D in head_sizes for dtype in (bf16, fp16, fp32)]
@@ -961,7 +1011,8 @@ def compile_kernels(full=False):
                 start = time.time()
                 row = dict(kernel=launch.kernel.__name__, case=case, target=str(arch), edition=2)
                 row |= compile_launch(launch, backend, arch, warp_size)
-                rows.append(row | dict(seconds=round(time.time() - start, 2)))
+                row["seconds"] = round(time.time() - start, 2)
+                rows.append(row)
     return rows
 
 
@@ -981,9 +1032,10 @@ def count_variants():
                 part = cache[:, :, :C]
                 kernels.decode_attention_triton(q[:B], part, part, empty(B), spec)
 
-    keys = {launch.key(): launch.kernel.__name__ for launch in record(run, hopper=True)}
-    names = list(keys.values())
-    return {name: names.count(name) for name in set(names)}
+    keys = {}
+    for launch in record(run, hopper=True):
+        keys.setdefault(launch.kernel.__name__, set()).add(launch.key())
+    return {name: len(variants) for name, variants in keys.items()}
 
 
 def in_another_process(call):

@@ -1302,7 +1302,8 @@ def test_the_epochs_on_a_rollout_end_where_the_policy_has_moved_too_far(
     assert steps == {1e9: 4, 0.0: 2}, "the first step sees no change yet; the second does"
 
 
-def test_both_learning_rates_fall_linearly_to_a_tenth(flags, tmp_path, monkeypatch):
+def test_both_learning_rates_fall_linearly_to_a_tenth_and_a_run_has_four_evaluations(
+        flags, tmp_path, monkeypatch):
     rates = []
     real = training.set_lr
 
@@ -1322,6 +1323,23 @@ def test_both_learning_rates_fall_linearly_to_a_tenth(flags, tmp_path, monkeypat
     assert [lr for engine, lr in rates if engine is actor] == [3e-4 * s for s in shares]
     assert [lr for engine, lr in rates if engine is critic] == [1e-3 * s for s in shares]
     assert [row["actor_lr"] for row in metrics[1:]] == [3e-4 * s for s in shares]
+    evaluated = [row["step"] for row in metrics if "eval_score" in row]
+    assert evaluated == [0, 3, 6, 9, 12], "besides the one at its start"
+
+
+def test_an_evaluation_is_the_mean_over_held_out_prompts_with_its_standard_error(
+        one_step, tmp_path, monkeypatch):
+    calls = record_rollouts(monkeypatch)
+    metrics = train(ppo, tmp_path / "p", **(one_step | dict(ema=0.0)))
+    _, seeds, batch = calls[0]
+    n = len(seeds)
+    assert 30 < n < 60, "all held-out prompts, of which there are few"
+    [scores] = [scores.tolist() for scores in batch.scores.values()]
+    row = metrics[0]
+    assert row["eval_score"] == pytest.approx(np.mean(scores), rel=1e-4)
+    assert row["eval_score_se"] == pytest.approx(np.std(scores, ddof=1) / n**0.5, rel=1e-4)
+    log_ratio = (batch.sample_logprobs - batch.ref_logprobs)[batch.mask]
+    assert row["eval_kl"] == pytest.approx(log_ratio.sum().item() / n, abs=1e-5)
 
 
 def test_chosen_answers_score_zero_on_average_and_scores_have_variance_one(chain, toy_file, tok):
@@ -1514,6 +1532,14 @@ def test_scores_that_are_mostly_clipped_get_a_warning(one_step, rules, tmp_path,
     assert re.search(r"warning: \d+% of the scores are outside \+-5.0", capsys.readouterr().out)
 
 
+def test_a_kl_that_only_a_bug_can_give_gets_a_warning(capsys):
+    cfg = ppo.Config()
+    ppo.print_progress(batch_of(), {"score_clipped": 0.0, "kl": -0.05}, 2, cfg)
+    assert "warning" not in capsys.readouterr().out
+    ppo.print_progress(batch_of(), {"score_clipped": 0.0, "kl": -0.2}, 2, cfg)
+    assert "warning: the mean KL is -0.20" in capsys.readouterr().out
+
+
 def test_the_critic_starts_from_the_flag_else_the_first_reward_model_else_a_new_head(
         chain, rules, tmp_path, tok):
     folder = chain["reward"][0]
@@ -1537,6 +1563,25 @@ def test_the_critic_starts_from_the_flag_else_the_first_reward_model_else_a_new_
 
 # -----------------------------------------------------------------------------
 # the mixture
+
+
+def test_the_mixture_goes_on_where_a_checkpoint_left_it(tok, tmp_path):
+    utils.init_distributed(0)
+    text = write_rows(tmp_path / "text.jsonl", texts_of_many_lengths())
+    cfg = ppo.Config(batch_size=16, minibatches=2, ptx_data=text, held_out=0.2)
+    whole = ppo.PretrainingMix(cfg, TEMPLATE, tok, 64, 0)
+    steps = [whole.next_step(3, 3) for _ in range(9)]  # more than an epoch
+    assert whole.steps == 9
+    resumed = ppo.PretrainingMix(cfg, TEMPLATE, tok, 64, 4)
+    for parts, tokens in steps[4:]:
+        resumed_parts, resumed_tokens = resumed.next_step(3, 3)
+        assert [part.tolist() for part in resumed_parts] == [part.tolist() for part in parts]
+        assert resumed_tokens == tokens
+        assert [len(part) for part in parts] == [3, 3, 2]
+        own = sum(len(whole.rows.answer(i, "response")) for i in np.concatenate(parts))
+        assert tokens == own
+    none = ppo.PretrainingMix(ppo.Config(), TEMPLATE, tok, 64, 0)
+    assert none.next_step(3, 2) == ([None, None], 0)
 
 
 def test_the_gradient_of_the_mixture_is_the_sum_of_its_parts_and_a_coefficient_of_0_changes_no_bit(
@@ -1619,8 +1664,14 @@ def _rows():
 
 
 def _on_rank(out, flags):
-    metrics = train(ppo, out, **flags)
-    return {"put": _put(), "totals": _totals(), "rows": _rows(), "metrics": metrics}
+    single = dict(flags, iterations=1, minibatches=1, ppo_epochs=1)
+    return {
+        "metrics": train(ppo, f"{out}/many", **flags),
+        "single": train(ppo, f"{out}/single", **single),
+        "put": _put(),
+        "totals": _totals(),
+        "rows": _rows(),
+    }
 
 
 def check_put(first, second):
@@ -1667,6 +1718,7 @@ def test_two_ranks_hold_every_row_and_take_the_means_and_the_steps_of_one_proces
     check_collectives(first)
     check_collectives(second)
     check_steps(first["metrics"], one)
-    samples = [read_samples(tmp_path / folder) for folder in ("one", "two")]
+    assert first["single"][1]["engine_gap_max"] < 1e-4, "of the rows of both ranks"
+    samples = [read_samples(tmp_path / folder) for folder in ("one", "two/many")]
     for a, b in zip(*samples):
         assert (a["prompt"], a["answer"]) == (b["prompt"], b["answer"])
