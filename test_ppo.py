@@ -1529,7 +1529,52 @@ def test_a_function_that_fails_in_a_run_gets_one_sentence(one_step, rules, tmp_p
 
 def test_scores_that_are_mostly_clipped_get_a_warning(one_step, rules, tmp_path, capsys):
     train(ppo, tmp_path / "p", **(one_step | dict(reward=f"{rules}:length:10")))
-    assert re.search(r"warning: \d+% of the scores are outside \+-5.0", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"warning: \d+% of the normalized scores are outside \+-5.0", printed)
+
+
+def test_scorers_are_normalized_by_the_first_rollout_unless_they_come_with_statistics(chain):
+    batch = batch_of()
+    g = torch.Generator().manual_seed(3)
+    far_off = torch.randn(5, generator=g) * 20 - 30
+    batch.scores = {"rule": far_off, "model": torch.randn(5, generator=g)}
+    model = models.RewardModel.from_pretrained(chain["reward"][0])
+    scorers = [ppo.Scorer("rule", 2.0, function=len), ppo.Scorer("model", 0.5, model=model)]
+    assert torch.equal(
+        ppo.normalized_score(batch, scorers), ppo.total_score(batch, scorers)), "nothing fitted yet"
+    ppo.fit_normalization(batch, scorers)
+    normalized = (far_off - far_off.mean()) / far_off.std()
+    torch.testing.assert_close(
+        ppo.normalized_score(batch, scorers), 2.0 * normalized + 0.5 * batch.scores["model"])
+
+    state = json.loads(json.dumps(ppo.run_state(ppo_mix_of_no_text(), {}, scorers)))
+    fresh = [ppo.Scorer("rule", 2.0, function=len), ppo.Scorer("model", 0.5, model=model)]
+    ppo.restore_normalization(fresh, state)
+    assert [(s.mean, s.std) for s in fresh] == [(s.mean, s.std) for s in scorers]
+
+    batch.scores["rule"] = torch.full((5,), 0.25)
+    with pytest.raises(utils.UserError, match="rule: all 5 answers .* score 0.25, so"):
+        ppo.fit_normalization(batch, scorers)
+
+
+def ppo_mix_of_no_text():
+    return ppo.PretrainingMix(ppo.Config(), "", None, 0, 0)
+
+
+def test_scores_around_minus_30_train_as_well_as_others(flags, tmp_path):
+    """Unnormalized they are all clipped to -5: no answer is better than another."""
+    path = tmp_path / "rules.py"
+    path.write_text(
+        "def plain(completions):\n    return [len(c) for c in completions]\n"
+        "def far_off(completions):\n    return [20 * len(c) - 300 for c in completions]\n")
+    runs = []
+    for name in ("plain", "far_off"):
+        more = dict(reward=f"{path}:{name}", batch_size=16)
+        runs.append(train(ppo, tmp_path / name, **(flags | more)))
+    for plain, far_off in zip(runs[0][1:], runs[1][1:]):
+        assert far_off["score"] == pytest.approx(20 * plain["score"] - 300, rel=1e-4)
+        assert far_off["actor_loss"] == pytest.approx(plain["actor_loss"], abs=1e-4)
+        assert far_off["score_clipped"] == plain["score_clipped"]
 
 
 def test_a_kl_that_only_a_bug_can_give_gets_a_warning(capsys):
