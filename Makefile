@@ -10,6 +10,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(PY) -m pytest -q -n auto --maxprocesses 4 $(TESTS)
 
+gpu:
+	./gpu.sh $(OUT)
+
 lint: .venv/ready
 	$(PY) -m ruff check .
 
@@ -24,4 +27,4 @@ test-gpu: .venv/ready
 clean:
 	rm -rf .venv out
 
-.PHONY: demo test lint test-gpu clean
+.PHONY: demo test gpu lint test-gpu clean

@@ -3,6 +3,7 @@
 Models have random weights of real shapes (SHAPES), so nothing is downloaded.
 
     python bench.py generate            # the engine and transformers.generate, fixed and ragged
+    python bench.py profile             # the kernels of a decode step, by time
     python bench.py train               # optimizer steps of the three scripts
     python bench.py ppo                 # PPO iterations by phase, ours and with transformers
     python bench.py kernels             # each kernel against PyTorch and against its ceiling
@@ -515,6 +516,8 @@ class Record:
 # generation
 
 
+PROFILED_STEPS = 20
+PROFILED_KERNELS = 20
 MAX_RAGGED = 256  # tokens of the longest ragged answer
 
 
@@ -648,6 +651,39 @@ def generation_numbers(measured, n_prompts, ceilings):
         "floor_share": median(floor_share),
         "runs": runs,
     }
+
+
+def profile(cfg, ceilings):
+    """Where the time of a decode step goes: PyTorch's profiler over PROFILED_STEPS steps in the
+    middle of the answers. Yields a row for each of the slowest kernels (on a CPU: operations)."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+    for name in cfg.shapes:
+        lm = build(name, cfg.torch_dtype, cfg.prompt_len + cfg.new_tokens)
+        engine = HybridEngine(lm)
+        generator = torch.Generator().manual_seed(cfg.seed)
+        for B in cfg.batches:
+            prompts = random_prompts(B, cfg.prompt_len, SHAPES[name].V, generator)
+            with torch.no_grad():
+                engine.start(prompts, cfg.new_tokens, 1.0, 0, 1.0, eos_token_id=None, seed=cfg.seed)
+                engine.step()  # prefill
+                engine.step()  # kernels are compiled, graphs are captured
+                before = engine.stats["decode_steps"]
+                with torch_profile(activities=[activity]) as profiler:
+                    while engine.stats["decode_steps"] < before + PROFILED_STEPS and engine.running:
+                        engine.step()
+            steps = engine.stats["decode_steps"] - before
+            events = []
+            for event in profiler.key_averages():
+                us = event.self_cpu_time_total
+                if torch.cuda.is_available():
+                    us = event.self_device_time_total
+                events.append((us / steps, event.count / steps, event.key))
+            for us, calls, key in sorted(events, reverse=True)[:PROFILED_KERNELS]:
+                print(f"{name:<13}{B:>5} rows {us:>9,.1f} us {calls:>6.1f} calls  {key[:60]}")
+                yield {"model": name, "batch": B, "kernel": key, "us_per_step": us, "calls": calls}
 
 
 # -----------------------------------------------------------------------------
@@ -1620,6 +1656,7 @@ def scale(cfg, ceilings):
 
 TASKS = {
     "generate": generate,
+    "profile": profile,
     "nano-vllm": nano_vllm,
     "train": train,
     "ppo": ppo_task,

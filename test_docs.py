@@ -541,8 +541,9 @@ def test_deepspeeds_settings_that_are_ours_get_one_sentence(tmp_path):
             training.read_ds_config(path)
 
 
-def test_a_mistake_on_the_command_line_prints_no_traceback():
-    code, printed = command("reward.py", "--model", "out/nothing/here")
+def test_a_mistake_on_the_command_line_prints_no_traceback(tmp_path):
+    code, printed = command(
+        "reward.py", "--model", "out/nothing/here", "--out", tmp_path / "reward")
     assert code == 2
     message = "out/nothing/here: no such model folder; train one first, or name another"
     assert printed.strip() == f"error: {message}"

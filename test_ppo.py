@@ -541,7 +541,7 @@ def test_a_file_that_is_being_replaced_is_the_old_one_until_it_is_the_new_one(
 # the phases, one by one
 
 
-def test_advantages_come_from_penalized_scores_and_the_logged_score_does_not():
+def test_advantages_come_from_normalized_and_penalized_scores_and_the_logged_score_does_not():
     """The constants of ppo.py stand here once more, as numbers."""
     mask, (logprobs, ref_logprobs, values, _) = random_batch(ROWS_WITH_HOLES)
     batch = batch_of(mask=mask, sample_logprobs=logprobs + 1)
@@ -549,15 +549,16 @@ def test_advantages_come_from_penalized_scores_and_the_logged_score_does_not():
     batch.ref_logprobs = ref_logprobs
     batch.values = values
     a = torch.tensor([0.5, -0.5, 1.0, 7.0, -3.0], dtype=torch.float64)
-    b = torch.tensor([1.0, 2.0, -4.0, 0.0, -3.5], dtype=torch.float64)
+    b = torch.tensor([1.0, 2.0, -4.0, 0.0, -7.0], dtype=torch.float64)
     batch.scores = {"a": a, "b": b}
-    scorers = [ppo.Scorer("a", 1.0), ppo.Scorer("b", 0.5)]
+    scorers = [ppo.Scorer("a", 1.0), ppo.Scorer("b", 0.5, mean=-1.0, std=2.0)]
     metrics = ppo.estimate_advantages(batch, scorers, ppo.Config(kl_coef=0.3))
 
     total = a + 0.5 * b
+    normalized = a + 0.5 * (b + 1.0) / 2.0
     advantages = []
     for row in range(5):
-        penalized = total[row].item()
+        penalized = normalized[row].item()
         if not batch.finished[row]:
             penalized -= 1.0
         log_ratios = []
@@ -581,7 +582,7 @@ def test_advantages_come_from_penalized_scores_and_the_logged_score_does_not():
     assert metrics == pytest.approx({
         "score": total.mean().item(),
         "score_std": total.std().item(),
-        "score_clipped": 2 / 5,  # 7.0, and -4.75 less the penalty
+        "score_clipped": 2 / 5,  # 7.25, and -4.5 less the penalty
         "kl": log_ratio.sum().item() / 5,
         "kl_k3": k3.sum().item() / 5,
         "advantage_mean": raw.mean(),
@@ -944,6 +945,8 @@ class ExactPPO:
         self.actor_adam = Adam(self.actor, 1e-5)
         self.critic_adam = Adam(self.critic.model, 1e-5)
         self.tokenizer = tokenizer
+        self.letters_mean = None  # of the answers of the first rollout
+        self.letters_std = None
 
     def logprobs(self, lm, prompt, answer, mask):
         logprobs, entropy = exact_logprobs(lm, prompt, answer, EXACT["temperature"])
@@ -953,10 +956,13 @@ class ExactPPO:
         """The critic's, of the state before each token."""
         return self.critic(prompt + answer)[len(prompt) - 1 : -1][mask]
 
-    def score(self, prompt, answer):
-        """The reward model's score, and 0.3 for each letter."""
-        letters = len(self.tokenizer.decode(answer, skip_special_tokens=True))
-        return self.reward_model(prompt + answer)[-1].item() + 0.3 * letters
+    def letters(self, answer):
+        return len(self.tokenizer.decode(answer, skip_special_tokens=True))
+
+    def normalize_letters(self, rows):
+        letters = [self.letters(answer) for _, answer, _ in rows]
+        self.letters_mean = np.mean(letters)
+        self.letters_std = np.std(letters, ddof=1)
 
     @torch.no_grad()
     def judge(self, rows):
@@ -972,7 +978,10 @@ class ExactPPO:
             logprobs, _ = self.logprobs(self.actor, prompt, answer, mask)
             ref_logprobs, _ = self.logprobs(self.ref, prompt, answer, mask)
             values = self.values(prompt, answer, mask)
-            score = self.score(prompt, answer)
+            score = self.reward_model(prompt + answer)[-1].item()
+            letters = self.letters(answer)
+            scores.append(score + 0.3 * letters)
+            score += 0.3 * (letters - self.letters_mean) / self.letters_std
             log_ratio = logprobs - ref_logprobs
             rewards = (-EXACT["kl_coef"] * log_ratio).tolist()
             penalty = 0.0 if answer[-1] == self.tokenizer.eos_token_id else 1.0
@@ -981,7 +990,6 @@ class ExactPPO:
             self.old_logprobs.append(logprobs)
             self.old_values.append(values)
             self.advantages.append(torch.tensor(advantages, dtype=torch.float64))
-            scores.append(score)
             kls.append(log_ratio.sum().item())
             k3s.append(((-log_ratio).exp() - 1 + log_ratio).sum().item())
         self.returns = [a + v for a, v in zip(self.advantages, self.old_values)]
@@ -1040,6 +1048,8 @@ class ExactPPO:
     def iteration(self, number, rows, texts):
         """Returns its metrics. texts: a generator of the mixture's rows for each step."""
         lr_scale = 1 - (number - 1) / EXACT["iterations"]
+        if number == 1:
+            self.normalize_letters(rows)
         metrics = self.judge(rows)
         steps = []
         for epoch in range(EXACT["ppo_epochs"]):
@@ -1559,6 +1569,41 @@ def test_scorers_are_normalized_by_the_first_rollout_unless_they_come_with_stati
 
 def ppo_mix_of_no_text():
     return ppo.PretrainingMix(ppo.Config(), "", None, 0, 0)
+
+
+def test_a_reward_model_that_reward_py_has_not_trained_is_normalized_too(chain):
+    model = models.RewardModel.from_pretrained(chain["reward"][0])
+    del model.model.config.score_scale
+    scorer = ppo.Scorer("foreign", 1.0, model=model)
+    batch = batch_of()
+    batch.scores = {"foreign": torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0])}
+    ppo.fit_normalization(batch, [scorer])
+    assert scorer.mean == 4.0
+    assert scorer.std == pytest.approx(np.std([1, 2, 3, 4, 10], ddof=1))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_resumed_run_keeps_the_statistics_of_its_first_rollout(
+        flags, rules, tmp_path, monkeypatch):
+    flags = flags | dict(reward=f"{flags['reward']},{rules}:length:0.5")
+    whole = train(ppo, tmp_path / "whole", **flags)
+    real = training.Checkpoint.save
+
+    def save(self, step, **state):
+        real(self, step, **state)
+        if step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Checkpoint, "save", save)
+        with pytest.raises(Killed):
+            train(ppo, tmp_path / "parts", **flags)
+    parts = train(ppo, tmp_path / "parts", **flags, resume=True)
+    for name in ("score", "advantage_mean", "return_mean", "critic_loss", "eval_score"):
+        assert parts[-1][name] == whole[-1][name], name
 
 
 def test_scores_around_minus_30_train_as_well_as_others(flags, tmp_path):
