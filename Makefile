@@ -16,6 +16,9 @@ gpu:
 lint: .venv/ready
 	$(PY) -m ruff check .
 
+test-long: .venv/ready
+	FLATRLHF_LONG=1 $(PY) -m pytest -q -n auto --maxprocesses 4 $(TESTS)
+
 test-gpu: .venv/ready
 	$(PY) -m pytest -q -k gpu test_kernels.py test_engine.py
 
@@ -27,4 +30,4 @@ test-gpu: .venv/ready
 clean:
 	rm -rf .venv out
 
-.PHONY: demo test gpu lint test-gpu clean
+.PHONY: demo test test-long gpu lint test-gpu clean

@@ -715,7 +715,7 @@ class ExactLengths(HybridEngine):
         super().admit()
         rows = list(self.running.values())
         slots = list(self.running)
-        max_lengths = self.requests.lengths[rows] + self.answer_lens[rows]
+        max_lengths = self.requests.prompt_lens[rows] + self.answer_lens[rows]
         cache = self.cache.max_lengths
         cache[slots] = torch.tensor(max_lengths, device=cache.device)
 

@@ -369,7 +369,7 @@ def prefill_tile(D, element_size, hopper):
     of shared memory that a GeForce has. hopper: sm_90 or later."""
     if element_size == 4:  # float32 has no tensor cores here
         if D <= 64:
-            return 32, 32, 1
+            return 32, 16, 1
         return 16, 16, 1
     if D > 128:
         return 64, 32, 2

@@ -208,7 +208,7 @@ def load_lm(path, dtype):
 
 
 def tiny_tokenizer():
-    """256 bytes, <pad> and <eos>: it knows every text, and needs no download."""
+    """256 bytes, <pad> and <eos>: it covers every text, and needs no download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -613,7 +613,7 @@ def save_model(lm, tokenizer, out, template=None, **config_entries):
 
     lm: the transformers model; out: the folder; template: the run's --template, written as a chat
     template where the tokenizer has none; config_entries: more entries for the model's config.
-    Adapters are merged, and also stand apart in OUT/adapters, in PEFT's format.
+    Adapters are merged, and are also saved on their own in OUT/adapters, in PEFT's format.
     Raises UserError on every rank where a weight is not finite or the disk is full; nothing that
     was in the folder before has changed then.
     """

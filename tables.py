@@ -267,8 +267,22 @@ def job_section(record, path):
     ]
 
 
+def profile_section(record, path):
+    lines = []
+    for row in record["rows"]:
+        lines.append([
+            row["model"], f"{row['batch']}", f"`{row['kernel'][:60]}`",
+            f"{row['us_per_step']:,.1f}", f"{row['calls']:.1f}",
+        ])
+    header = ["model", "rows", "kernel", "us per step", "calls per step"]
+    return [
+        "## The kernels of a decode step", "", how_measured(record, path), "",
+        *table(header, lines)]
+
+
 BENCH_SECTIONS = {
     "generate": generation_section,
+    "profile": profile_section,
     "ppo": ppo_section,
     "train": train_section,
     "kernels": kernels_section,
@@ -494,6 +508,23 @@ def compiled_section(rows, path):
     ]
 
 
+def dry_run_section(counts, path):
+    lines = []
+    for name, count in counts.items():
+        triton = sum(count["triton"].values())
+        products = sum(n for op, n in count["torch"].items() if op in ("mm", "addmm"))
+        rest = count["launches"] - triton - products
+        numbers = (count["launches"], triton, products, rest)
+        lines.append([name, *(f"{n}" for n in numbers)])
+    header = ["model and rows", "launches", "Triton kernels", "matrix products", "other operations"]
+    return [
+        "## Launches per decode step", "",
+        "Counted without a GPU, on fake tensors of `cuda:0`: "
+        f"`DRYRUN_OUT=file python -m pytest test_dryrun.py` ([{path.name}]({path.name})). On a GPU "
+        "a CUDA graph holds all of them.",
+        "", *table(header, lines)]
+
+
 OTHER_SECTIONS = {
     "demo": demo_section,
     "guard": guard_section,
@@ -502,6 +533,7 @@ OTHER_SECTIONS = {
     "real-data": real_data_section,
     "kills": kills_section,
     "kernels-compile": compiled_section,
+    "dryrun": dry_run_section,
 }
 
 

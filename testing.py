@@ -27,6 +27,15 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
+# `make test-long` takes all combinations, and `make test` some of them.
+LONG = bool(os.environ.get("FLATRLHF_LONG"))
+
+
+def some(few, all_of_them):
+    """Parameters of a test that takes long: few for `make test`, all for `make test-long`."""
+    return all_of_them if LONG else few
+
+
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared" / "data"
 STORIES = str(SHARED / "stories260k")

@@ -197,8 +197,8 @@ def frozen_engine(model, device, cfg):
 
 @contextlib.contextmanager
 def on_device(device, *models):
-    """Context manager: offloaded frozen models are on the device. None may stand for a model, and
-    what DeepSpeed wraps is left to DeepSpeed."""
+    """Context manager: offloaded frozen models are on the device. A model may be None; one that
+    DeepSpeed has wrapped is left to DeepSpeed."""
     moved = []
     for model in models:
         is_plain = model is not None and not hasattr(model, "module")
@@ -299,7 +299,7 @@ def check_ds_config(config, stage):
         if name in SET_BY_FLAGS:
             raise ValueError(f"{name} is set by {SET_BY_FLAGS[name]}; take it out of the file")
         if name not in DS_SETTINGS:
-            raise ValueError(f"{name} is no setting that DeepSpeed knows and training can use")
+            raise ValueError(f"{name} is not a DeepSpeed setting that can be used here")
         kind = DS_SETTINGS[name]
         is_switch = isinstance(value, bool)
         if is_switch != (kind is bool) or not isinstance(value, kind):
@@ -509,7 +509,7 @@ def claim_folder_on_rank0(cfg, inputs):
     for path in inputs:
         require_not_inside(path, out, overwrite)
     if (out / "config.json").exists() and not (out / "run.json").exists():
-        message = f"--out {out}: there is a model in this folder that is no run's; name another one"
+        message = f"--out {out}: this folder holds a model that no run has written; name another"
         raise UserError(message)
     lock_folder(out)
 
@@ -572,7 +572,7 @@ def empty_folder(out):
 
 
 def checkpoint_steps(out):
-    """The steps whose checkpoints stand in the folder of a run, in order."""
+    """The steps that have a checkpoint in the folder of a run, in order."""
     names = [path.name for path in (Path(out) / "checkpoint").glob("*")]
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -629,11 +629,13 @@ class Interrupt:
     SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
     def __init__(self):
-        self.received = 0  # number of the first signal
-        self.time = 0.0    # when it came
+        self.received = 0   # number of the first signal
+        self.time = 0.0     # when it came
         self.previous = {}  # signal -> its handler before install()
+        self.terminal = []  # of stdout (1) and stderr (2), those that are a terminal
 
     def install(self):
+        self.terminal = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in self.SIGNALS:
             # What is ignored stays ignored: nohup does that to SIGHUP.
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -644,6 +646,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
+        if number == signal.SIGHUP:
+            self.leave_terminal()
         if not self.received:
             self.received = number
             self.time = time.monotonic()
@@ -655,9 +659,18 @@ class Interrupt:
         elif number == signal.SIGINT and time.monotonic() - self.time > 1:
             os._exit(128 + number)
 
+    def leave_terminal(self):
+        """The terminal is gone: to write to it would be an error, and end the run too early."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self.terminal:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
     @staticmethod
     def name(number):
-        return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if number == signal.SIGINT:
+            return "Ctrl-C"
+        return signal.Signals(number).name
 
 
 # -----------------------------------------------------------------------------
@@ -671,8 +684,8 @@ class Checkpoint:
     """All that a run needs to go on as if nothing had happened, in OUT/checkpoint/STEP: weights and
     optimizers of all engines, EMA, random states, and what the script adds.
 
-    A checkpoint is written beside and renamed, and has a manifest with the size and the checksum of
-    each file. A finished run keeps none.
+    A checkpoint gets its name when it is complete. Its manifest has the size and the checksum of
+    each file. A finished run keeps no checkpoint.
     """
 
     def __init__(self, cfg, total, ema=None, **engines):
