@@ -894,6 +894,13 @@ def started(monkeypatch):
     return pairs
 
 
+def exact_pair(model, rows, i):
+    """The scores of the chosen and of the rejected answer of a row."""
+    prompt = rows.prompt(i)
+    answers = [rows.answer(i, which) for which in ("chosen", "rejected")]
+    return [model(prompt + answer)[-1] for answer in answers]
+
+
 def test_reward_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_path, started):
     flags = dict(STEPS, model=chain["sft"][0], data=toy_file, epochs=0.22, micro_batch=3, lr=1e-3)
     metrics = train(reward, tmp_path / "reward", **flags)
@@ -908,8 +915,7 @@ def test_reward_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_pa
         margins = []
         sums = []
         for i in indices:
-            chosen = model(rows.prompt(i) + rows.answer(i, "chosen"))[-1]
-            rejected = model(rows.prompt(i) + rows.answer(i, "rejected"))[-1]
+            chosen, rejected = exact_pair(model, rows, i)
             margins.append(chosen - rejected)
             sums.append(chosen + rejected)
         margins = torch.stack(margins)
@@ -924,6 +930,15 @@ def test_reward_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_pa
         assert row["lr"] == pytest.approx(lr)
     assert len(metrics) == 5
     assert distance(trained, model.model, start) < 1e-3
+
+    with torch.no_grad():
+        scores = [exact_pair(model, rows, i) for i in range(len(rows))]
+    chosen_scores = [chosen.item() for chosen, _ in scores]
+    all_scores = [score.item() for pair in scores for score in pair]
+    saved = ExactRewardModel(tmp_path / "reward")
+    assert abs(np.mean(all_scores) - np.mean(chosen_scores)) > 1e-3
+    assert saved.offset == pytest.approx(np.mean(chosen_scores), abs=1e-4)
+    assert saved.scale == pytest.approx(1 / np.std(all_scores, ddof=1), rel=1e-3)
 
 
 # What the second version of PPO and ppo.py are given.
@@ -1586,10 +1601,12 @@ class Killed(Exception):
     pass
 
 
-def test_a_resumed_run_keeps_the_statistics_of_its_first_rollout(
-        flags, rules, tmp_path, monkeypatch):
-    flags = flags | dict(reward=f"{flags['reward']},{rules}:length:0.5")
+def test_a_resumed_run_keeps_the_scorers_statistics_its_first_evaluation_and_its_place_in_the_text(
+        flags, rules, tmp_path, monkeypatch, capsys):
+    text = write_rows(tmp_path / "text.jsonl", texts_of_many_lengths())
+    flags = flags | dict(reward=f"{flags['reward']},{rules}:length:0.5", ptx_data=text)
     whole = train(ppo, tmp_path / "whole", **flags)
+    summary = capsys.readouterr().out.splitlines()[-1]
     real = training.Checkpoint.save
 
     def save(self, step, **state):
@@ -1602,8 +1619,14 @@ def test_a_resumed_run_keeps_the_statistics_of_its_first_rollout(
         with pytest.raises(Killed):
             train(ppo, tmp_path / "parts", **flags)
     parts = train(ppo, tmp_path / "parts", **flags, resume=True)
-    for name in ("score", "advantage_mean", "return_mean", "critic_loss", "eval_score"):
+    names = (
+        "score", "advantage_mean", "return_mean", "critic_loss", "actor_loss", "actor_grad_norm",
+        "eval_score")
+    for name in names:
         assert parts[-1][name] == whole[-1][name], name
+    resumed_summary = capsys.readouterr().out.splitlines()[-1]
+    assert "held-out score" in summary
+    assert resumed_summary.replace("/parts:", "/whole:") == summary
 
 
 def test_scores_around_minus_30_train_as_well_as_others(flags, tmp_path):

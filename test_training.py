@@ -670,6 +670,9 @@ def test_the_optimizer_is_adam_with_its_two_decays_and_the_epsilon_of_the_script
             p.data -= lr * m / (1 - 0.9**step) / (unbiased.sqrt() + eps)
         backward(engine)
         assert training.step(engine)[0] == pytest.approx(norm.item(), rel=1e-4)
+        states = engine.basic_optimizer.state.values()
+        got = sum(state["exp_avg_sq"].sum().item() for state in states)
+        assert got == pytest.approx(sum(v.sum().item() for v in second), rel=1e-3)
     state = models.gather_state_dict(engine.module.lm)
     for name, p in plain.lm.named_parameters():
         torch.testing.assert_close(state[name], p.data, rtol=1e-3, atol=1e-4)
@@ -717,16 +720,19 @@ def test_under_zero_3_a_model_is_sharded_before_deepspeed_puts_it_on_a_gpu(monke
     assert whole[0] > 0 and whole[1:] == [0, 0]
 
 
-def test_gradient_checkpointing_runs_each_layer_again_in_the_backward_pass():
+@pytest.mark.parametrize("zero", [0, 3])
+def test_gradient_checkpointing_runs_each_layer_again_in_the_backward_pass(zero):
     calls = {}
     for checkpointing in (False, True):
         lm = models.add_lora(model_of("llama"), "2")  # frozen weights: the harder case
-        engine = make_engine(lm, gradient_checkpointing=checkpointing)
+        engine = make_engine(lm, gradient_checkpointing=checkpointing, zero=zero)
         forwards = []
         lm.model.layers[1].mlp.register_forward_pre_hook(lambda *_, n=forwards: n.append(1))
         backward(engine)
-        gradient = lm.model.layers[0].mlp.up_proj.lora_B.grad
-        assert gradient.abs().sum() > 0, "and the first layer's adapters get their gradient"
+        training.step(engine)
+        adapters = models.adapter_state_dict(lm)
+        moved = adapters["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"]
+        assert moved.abs().sum() > 0, "and the first layer's adapters, zero at first, are trained"
         calls[checkpointing] = len(forwards)
     assert calls == {False: 1, True: 2}
 
@@ -1381,6 +1387,18 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(name, tmp_path, 
 def test_a_signal_at_the_last_step_does_not_keep_the_run_from_its_end(tmp_path):
     start, *_ = short_run(Flags(out=str(tmp_path)), at_step=send_at(6, signal.SIGTERM))
     assert start == 0
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(tmp_path):
+    cfg = Flags(out=str(tmp_path))
+    with pytest.raises(SystemExit):
+        short_run(cfg, total=50, at_step=send_at(13, signal.SIGTERM))
+    assert saved_steps(tmp_path) == [10, 13]
+    flip(tmp_path / "checkpoint/13/rank-0.pt")
+    with pytest.raises(SystemExit):
+        resumed = dataclasses.replace(cfg, resume=True)
+        short_run(resumed, total=50, at_step=send_at(12, signal.SIGTERM))
+    assert saved_steps(tmp_path) == [10, 12]
 
 
 def test_signals_that_are_ignored_stay_ignored_and_a_finished_run_takes_its_handlers_back(tmp_path):

@@ -70,8 +70,9 @@ def shared_config(cfg, stage, micro_batch):
 def initialize(model, config, optimizer=None):
     """Wraps a model in a DeepSpeed engine.
 
-    NOTE: with bf16, DeepSpeed also rounds buffers. For the frequencies of rotary positions that
-    costs accuracy far from the start, so buffers are put back.
+    NOTE: buffers are set once more afterwards. Under ZeRO-3, DeepSpeed leaves them on the CPU; and
+    older versions round them with bf16, which for the frequencies of rotary positions costs
+    accuracy far from the start.
     """
     import deepspeed
 
