@@ -697,9 +697,10 @@ def nano_vllm_requests(n, max_prompt_len, max_new_tokens, V):
     rng = random.Random(0)
     prompts = []
     for _ in range(n):
-        length = rng.randint(100, max_prompt_len)
+        length = rng.randint(min(100, max_prompt_len), max_prompt_len)
         prompts.append([rng.randint(0, 10_000) % V for _ in range(length)])
-    answer_lens = [rng.randint(100, max_new_tokens) for _ in range(n)]
+    shortest = min(100, max_new_tokens)  # with shapes of a rehearsal
+    answer_lens = [rng.randint(shortest, max_new_tokens) for _ in range(n)]
     return prompts, answer_lens
 
 
@@ -928,7 +929,7 @@ class Sampler:
         self.row_bytes = row_bytes
         self.group = group
 
-    def generate(self, prompts, max_new_tokens, temperature, eos_token_id, seed):
+    def generate(self, prompts, max_new_tokens, temperature, eos_token_id, seed, respond):
         group = len(prompts)
         if self.row_bytes:
             group = rows_that_fit(len(prompts), self.row_bytes, self.group)
@@ -955,7 +956,7 @@ def join_rollouts(parts):
     if len(parts) == 1:
         return parts[0]
     columns = []
-    for name in ("tokens", "prompt_lens", "answer_lens", "logprobs"):
+    for name in ("tokens", "prompt_lens", "answer_lens", "logprobs", "sampled"):
         xs = [getattr(part, name) for part in parts]
         if xs[0].dim() > 1:
             width = max(x.size(1) for x in xs)
@@ -1283,10 +1284,20 @@ def norm_case(sizes):
 
 def sampling_case(sizes):
     logits = sizes.randn(sizes.B, sizes.shape.V)
-    u = torch.rand(sizes.B, device=device())
+    slots = torch.arange(sizes.B, device=device())
+    rows = kernels.Rows(
+        tokens=slots.new_zeros(sizes.B, 2),
+        logprobs=torch.zeros(sizes.B, 2, device=device()),
+        lengths=torch.ones_like(slots),
+        max_lengths=torch.full_like(slots, 9),
+        keys=slots,
+        done=torch.zeros_like(slots, dtype=torch.bool),
+    )
+    eos = slots[:0]
 
     def ours():
-        return kernels.sample(logits, u, 1.0)
+        rows.lengths.fill_(1)
+        kernels.sample_next(logits, slots, rows, eos)
 
     def pytorch():
         logprobs = logits.float().log_softmax(-1)

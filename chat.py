@@ -5,8 +5,13 @@
     python chat.py --model facebook/opt-1.3b --max-new-tokens 200 --temperature 0.7
 
 Answers are sampled by the engine that PPO uses, and printed token by token. The whole conversation
-is the prompt of the next turn.
+is the prompt of the next turn. Ctrl-C ends an answer. Standard output holds the answers and nothing
+else.
 """
+import contextlib
+import importlib
+import sys
+import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +29,8 @@ class Config:
     # chat
     model: str = "out/ppo"         # model folder or hub name to talk to
     prompt: str = ""               # answer this and exit; empty: a conversation
-    template: str = "Human: {prompt}\nAssistant:"  # how a prompt is written; chat: the tokenizer's
-    #   own chat template
+    template: str = ""             # how a prompt is written, such as "Q: {prompt}"; chat: as the
+    #   tokenizer's chat template says; empty: as the model was trained
     max_new_tokens: int = 128      # longest answer
     temperature: float = 1.0       # of sampling; 0: always the most likely token
     top_k: int = 0                 # sample from this many most likely tokens; 0: from all
@@ -34,6 +39,60 @@ class Config:
     #   is slower and knows more models
     seed: int = 1                  # of sampling
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, else fp32
+
+    def __post_init__(self):
+        utils.check_values(self)
+        data.check_template(self.template)
+
+
+def find_template(cfg, tokenizer):
+    """--template; else the one that the model was trained with, else that of its tokenizer."""
+    template = cfg.template
+    if not template and not data.template_of_run(cfg.model):
+        if tokenizer.chat_template:
+            template = "chat"
+        else:
+            utils.print0(
+                f"{cfg.model} does not say how its prompts are written, so they are written as "
+                f"{data.DEFAULT_TEMPLATE!r}; a model that was only trained on text goes on with "
+                'yours with --template "{prompt}"'
+            )
+    return data.check_template(template, cfg.model)
+
+
+# -----------------------------------------------------------------------------
+# one turn
+
+
+def read_line(screen):
+    """A line that the user types; empty where there is no more."""
+    try:
+        if screen.isatty():
+            with contextlib.redirect_stdout(screen):  # else input() would do without readline
+                return input("Human: ").strip()
+        utils.print0("Human: ", end="")
+        return input().strip()
+    except (EOFError, KeyboardInterrupt):
+        utils.print0()
+        return ""
+
+
+def without_bad_bytes(text):
+    """Text as UTF-8 has it. Python keeps other bytes as surrogates, which no tokenizer takes."""
+    good = text.encode(errors="surrogateescape").decode(errors="replace")
+    if good.count("\ufffd") > text.count("\ufffd"):
+        utils.print0("(bytes that are not UTF-8 were replaced)")
+    return good
+
+
+def for_terminal(text):
+    """Text whose control characters a terminal shows and does not obey."""
+    shown = ""
+    for character in text:
+        if unicodedata.category(character) == "Cc" and character not in "\n\t":
+            character = repr(character)[1:-1]
+        shown += character
+    return shown
 
 
 def prompt_ids_that_fit(messages, template, tokenizer, context, max_new_tokens):
@@ -50,55 +109,92 @@ def prompt_ids_that_fit(messages, template, tokenizer, context, max_new_tokens):
                 f"model's context of {context}; shorten one of them"
             )
         del messages[:2]
-        print("(the oldest turn was dropped: the conversation is longer than the model's context)")
+        utils.print0(
+            "(the oldest turn was dropped: the conversation is longer than the model's context)"
+        )
 
 
-def print_answer(engine, tokenizer, ids, cfg, turn):
-    """Samples an answer and prints it as it comes. Returns its text."""
+def answer_texts(engine, tokenizer, ids, cfg, turn):
+    """Samples an answer. Yields its text after each token, as far as it is whole characters."""
     tokens = engine.stream(
         ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
         eos_token_id=tokenizer.eos_token_id, seed=cfg.seed + turn,
     )
-    answer_ids, printed = [], ""
+    answer_ids = []
+    text = ""
     for token in tokens:
         answer_ids.append(token)
         text = tokenizer.decode(answer_ids, skip_special_tokens=True)
-        if text.endswith("\ufffd"):
-            continue  # part of a character: wait for the rest
-        print(text[len(printed) :], end="", flush=True)
-        printed = text
-    print()
-    return printed.strip()
+        if not text.endswith("\ufffd"):  # else a part of a character: wait for the rest
+            yield text
+    yield text
 
 
-def main(cfg):
+def show(text, screen):
+    if screen.isatty():
+        text = for_terminal(text)
+    try:
+        print(text, end="", file=screen, flush=True)
+    except OSError as error:
+        message = f"standard output cannot be written to ({error.strerror})"
+        raise utils.UserError(message) from None
+
+
+def print_answer(texts, screen):
+    """Prints an answer as it comes. Returns its text, and whether Ctrl-C has ended it."""
+    printed = ""
+    interrupted = False
+    try:
+        with contextlib.redirect_stdout(None):  # not what the engine says of its memory
+            for text in texts:
+                show(text[len(printed) :], screen)
+                printed = text
+    except KeyboardInterrupt:
+        interrupted = True
+    show("\n", screen)
+    return printed.strip(), interrupted
+
+
+# -----------------------------------------------------------------------------
+# the conversation
+
+
+def converse(cfg, screen):
+    """All turns, or the one of --prompt. screen: standard output."""
     utils.quiet_transformers()
-    template = data.check_template(cfg.template, cfg.model)
     tokenizer = models.load_tokenizer(cfg.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm = models.load_lm(cfg.model, utils.dtype_of(cfg.dtype)).eval().to(device)
+    template = find_template(cfg, tokenizer)
     engine = make_engine(cfg.engine, lm)
     context = models.context_length(lm.config)
 
-    messages, turn = [], 0
+    messages = []
+    turn = 0
     while True:
-        text = cfg.prompt
-        if not text:
-            try:
-                text = input("Human: ").strip()
-            except (EOFError, KeyboardInterrupt):
-                print()
+        text = without_bad_bytes(cfg.prompt or read_line(screen))
         if not text:
             return
         messages += user(text)
         ids = prompt_ids_that_fit(messages, template, tokenizer, context, cfg.max_new_tokens)
         if not cfg.prompt:
-            print("Assistant: ", end="", flush=True)
-        answer = print_answer(engine, tokenizer, ids, cfg, turn)
+            utils.print0("Assistant: ", end="")
+        texts = answer_texts(engine, tokenizer, ids, cfg, turn)
+        answer, interrupted = print_answer(texts, screen)
         if cfg.prompt:
+            if interrupted:
+                raise KeyboardInterrupt
             return
         messages.append({"role": "assistant", "content": answer})
         turn += 1
+
+
+def main(cfg):
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # from now on, input() knows the arrow keys
+    screen = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answers
+        converse(cfg, screen)
 
 
 if __name__ == "__main__":

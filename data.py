@@ -36,10 +36,10 @@ import torch.distributed as dist
 import sources
 import tasks
 from sources import convert, hub_folder, parse_columns, parse_sources, read, rename_columns
-from utils import UserError, print0
+from utils import Inputs, UserError, print0
 
 CACHE = Path(os.environ.get("FLATRLHF_CACHE", Path.home() / ".cache" / "flatrlhf"))
-VERSION = 3  # of the layout of the cached files
+VERSION = 4  # of the layout of the cached files
 
 # -----------------------------------------------------------------------------
 # template and tokens
@@ -87,32 +87,44 @@ def separator(template):
     return " "
 
 
+DEFAULT_TEMPLATE = "Human: {prompt}\nAssistant:"
+
+
 def template_of_run(folder):
     """The template that a run was trained with, or None where its folder does not say."""
-    path = Path(folder) / "run.json"
+    run = Path(folder)
+    if run.name == "ema":  # the average of a run, in its folder
+        run = run.parent
+    path = run / "run.json"
     if not folder or not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text())["config"]
-    except (ValueError, KeyError, TypeError):
-        print0(f"warning: {path} is damaged, so its --template is not known")
-        return None
-    if "template" not in config:
-        return None
-    return config["template"].replace("\\n", "\n")
+        template = json.loads(path.read_text())["config"].get("template")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message = (f"{path} is damaged, so nobody knows how this model was trained; repair it, or "
+                   "remove it and give --template")
+        raise UserError(message) from None
+    return template and template.replace("\\n", "\n")
 
 
 def check_template(template, *folders):
-    """The template to use. Warns where one of these folders is of a run with another one."""
+    """The template to use: --template; if that is empty, the one that these folders were trained
+    with, the first that says so; else DEFAULT_TEMPLATE. Warns of a folder with another one."""
+    trained = {}
+    for folder in folders:
+        known = template_of_run(folder)
+        if known:
+            trained[folder] = known
+    if not template:
+        template = next(iter(trained.values()), DEFAULT_TEMPLATE)
     if template != "chat" and "{prompt}" not in template:
         message = (f"--template {template!r} has no {{prompt}} in it, so every prompt would be "
                    "the same")
         raise UserError(message)
     template = template.replace("\\n", "\n")  # a shell passes the two characters \n
-    for folder in folders:
-        trained = template_of_run(folder)
-        if trained is not None and trained != template:
-            print0(f"warning: {folder} was trained with --template {trained!r}, and here it is "
+    for folder, known in trained.items():
+        if known != template:
+            print0(f"warning: {folder} was trained with --template {known!r}, and here it is "
                    f"{template!r}")
     return template
 
@@ -164,6 +176,7 @@ class Summary:
     columns: list = field(default_factory=list)  # names of all fields in the source
     formats: list = field(default_factory=list)  # how its rows were read, such as "messages"
     fields: list = field(default_factory=list)   # names of the fields for reward functions
+    rows_hash: str = ""          # of all its rows, as they were read
 
 
 def add_new(known, names):
@@ -178,13 +191,20 @@ def plain(value):
     return str(value)
 
 
+def row_bytes(row):
+    """What hashes of rows are made of."""
+    return json.dumps(row, default=plain, skipkeys=True).encode()
+
+
 def usable_rows(source, columns, template, tokenizer, summary):
     """Yields (Example, rendered prompt, fields as JSON) of each row that can be used.
 
     Fills the summary. A row that cannot be used is counted, and the first one is described.
     """
     names = parse_columns(columns)
+    rows_hash = hashlib.sha256()
     for where, row in read(source):
+        rows_hash.update(row_bytes(row))
         try:
             if isinstance(row, dict):
                 add_new(summary.columns, row)
@@ -201,6 +221,7 @@ def usable_rows(source, columns, template, tokenizer, summary):
         add_new(summary.formats, [form])
         add_new(summary.fields, fields)
         yield example, prompt, fields_json
+    summary.rows_hash = rows_hash.hexdigest()[:16]
 
 
 def blocks(items, size):
@@ -282,7 +303,7 @@ def content_hash(source):
     path = Path(source)
     if tasks.is_function(source):
         for _, row in read(source):
-            h.update(json.dumps(row, default=plain, skipkeys=True).encode())
+            h.update(row_bytes(row))
     elif path.is_file():
         try:
             with open(path, "rb") as file:
@@ -461,6 +482,7 @@ def load(data, step, split, held_out, template, tokenizer, max_len, columns="", 
         part.leave_out_unfit(step, tokenizer, max_len)
         part.divide(low, high, held_out)
         parts.append(part)
+        Inputs.data[source] = part.summary.rows_hash
     check_columns(columns, parts)
 
     weights = None

@@ -14,6 +14,7 @@ in, because the engine owns the KV cache. Nothing of transformers is patched or 
 Dimension key:  N tokens, H heads, K key/value heads, D head size, E width, V vocabulary,
                 C capacity of the KV cache in tokens, R rotated features of a head.
 """
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,6 +58,15 @@ def post_norm(layer, x, residual, attention, mlp):
     return x, None
 
 
+def norm_around(layer, delta, residual, attention, mlp):
+    """Gemma 2: a norm before and after each half."""
+    h, residual = layer.norm1(delta, residual)
+    delta, _ = layer.out_norm1(attention(h))
+    h, residual = layer.norm2(delta, residual)
+    delta, _ = layer.out_norm2(mlp(h))
+    return delta, residual
+
+
 def norm_of_output(layer, delta, residual, attention, mlp):
     """OLMo-2: what attention and MLP return is normed before it joins the residual stream."""
     x = delta if residual is None else residual + delta
@@ -86,7 +96,11 @@ class Family:
     gate: str = ""                  # gated MLP: down(act(gate(h)) * up(h)); equal to up: stacked
     qkv_order: str = ""             # of one projection: "stacked", or "by head" (q, k, v of each)
     qk_norms: tuple = ()            # norms of q and k, of each head or of all heads together
+    out_norm1: str = ""             # of what attention and MLP return
+    out_norm2: str = ""
     rms: bool = False               # RMS norms; otherwise layer norms
+    norm_offset: float = 0.0        # what is added to the weights of a norm
+    activation: str = ""            # where the config does not name it
     positions: str = "rope"         # "rope", "learned" or "alibi"
     embed_positions: str = ""       # learned positions
     position_offset: int = 0        # of the learned positions
@@ -167,6 +181,7 @@ BLOOM = Family(
     down="mlp.dense_4h_to_h",
     final_norm="ln_f",
     qkv_order="by head",
+    activation="gelu_pytorch_tanh",
     positions="alibi",
     embed_norm="word_embeddings_layernorm",
 )
@@ -184,6 +199,14 @@ PHI3 = replace(
     gate="mlp.gate_up_proj",
     up="mlp.gate_up_proj",
 )
+GEMMA2 = replace(
+    LLAMA,
+    norm2="pre_feedforward_layernorm",
+    out_norm1="post_attention_layernorm",
+    out_norm2="post_feedforward_layernorm",
+    norm_offset=1.0,
+    block=norm_around,
+)
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -192,6 +215,7 @@ FAMILIES = {
     "smollm3": LLAMA,
     "olmo2": OLMO2,
     "phi3": PHI3,
+    "gemma2": GEMMA2,
     "opt": OPT,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
@@ -199,19 +223,15 @@ FAMILIES = {
 }
 
 
-def gelu_tanh(x):
-    return F.gelu(x, approximate="tanh")
-
-
+# The names that configs give to the activations of kernels.py.
 ACTIVATIONS = {
-    "relu": torch.relu_,
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": gelu_tanh,
-    "gelu_fast": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "bloom": gelu_tanh,
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
 
 
@@ -232,11 +252,20 @@ class Linear(NamedTuple):
     lora: Adapter | None
 
     def __call__(self, x, bias=True):
-        y = kernels.linear(x, self.weight, self.bias if bias else None)
-        if self.lora is not None:
-            A, B, scale = self.lora
-            y = y + kernels.linear(kernels.linear(x, A), B) * scale
-        return y
+        return self.adapted(x, kernels.linear(x, self.weight, self.bias if bias else None))
+
+    def activated(self, x, activation):
+        """activation(self(x))"""
+        if self.lora is None:
+            return kernels.linear_activation(x, self.weight, self.bias, activation)
+        return kernels.ACTIVATIONS[activation].function(self(x))
+
+    def adapted(self, x, y):
+        """y, the product of x and the weight, with what the adapter adds."""
+        if self.lora is None:
+            return y
+        A, B, scale = self.lora
+        return kernels.add_product(y, kernels.linear(x, A), B, scale)
 
     def outputs(self, part):
         """The same projection with some of its outputs (a slice): views, no copy."""
@@ -256,15 +285,82 @@ class Linear(NamedTuple):
         return Linear(self.weight[:, part], self.bias, lora)
 
 
+class Projections(NamedTuple):
+    """Several projections of the same input. One product computes all of them where their weights
+    are neighbours in memory, in any order; else each has its own."""
+    linears: list                   # of Linear; where there is a joint one, without their weights
+    joint: Linear | None            # all weights and biases, in the order of memory
+    widths: list                    # how many outputs each has, in the order of memory
+    places: list                    # of each projection in that order
+
+    @classmethod
+    def of(cls, linears, copies=False):
+        """copies: the weights are copied, and so made neighbours."""
+        join = concatenated if copies else neighbours
+        order = sorted(range(len(linears)), key=lambda i: linears[i].weight.storage_offset())
+        weight = join([linears[i].weight for i in order])
+        bias = join([linears[i].bias for i in order])
+        if weight is None or (bias is None) != (linears[0].bias is None):
+            return cls(linears, None, [], [])
+        widths = [len(linears[i].weight) for i in order]
+        places = [order.index(i) for i in range(len(linears))]
+        adapters = [Linear(None, None, linear.lora) for linear in linears]
+        return cls(adapters, Linear(weight, bias, None), widths, places)
+
+    def __call__(self, x):
+        """A list of outputs, (N, out) each."""
+        if self.joint is None:
+            return [linear(x) for linear in self.linears]
+        parts = self.joint(x).split(self.widths, dim=-1)
+        parts = [parts[place] for place in self.places]
+        return [linear.adapted(x, y) for linear, y in zip(self.linears, parts)]
+
+
+def neighbours(tensors):
+    """One tensor that holds these, without a copy; None where each does not begin, in the same
+    memory, where the one before it ends."""
+    first = tensors[0]
+    if first is None:
+        return None
+    end = first.storage_offset()
+    for x in tensors:
+        if x is None or x.untyped_storage()._cdata != first.untyped_storage()._cdata:
+            return None
+        if x.storage_offset() != end or x.stride() != first.stride():
+            return None
+        end += len(x) * x.stride(0)
+    shape = (sum(map(len, tensors)), *first.shape[1:])
+    return first.as_strided(shape, first.stride())
+
+
+def concatenated(tensors):
+    """One tensor that holds copies of these; None if these are None."""
+    return None if tensors[0] is None else torch.cat(tensors)
+
+
+def make_neighbours(params):
+    """Puts several parameters next to each other in memory, if each has memory of its own: what is
+    part of a flat buffer of DeepSpeed stays there. No value changes. Returns whether any moved."""
+    if len(params) == 1 or any(p is None for p in params):
+        return False
+    if any(p.untyped_storage().nbytes() != p.nbytes for p in params):
+        return False
+    joint = torch.cat([p.data for p in params])
+    for p, part in zip(params, joint.split([len(p) for p in params])):
+        p.data = part
+    return True
+
+
 class Norm(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
     eps: float
     rms: bool
+    offset: float                   # added to the weight
 
     def __call__(self, x, residual=None):
         """Returns the norm of residual + x, and residual + x."""
-        return kernels.add_norm(x, residual, self.weight, self.bias, self.eps, self.rms)
+        return kernels.add_norm(x, residual, *self)
 
     def of_heads(self, x):
         """The norm of each head, or of all heads together, as the width of the weight says.
@@ -277,14 +373,15 @@ class Norm(NamedTuple):
 class Layer(NamedTuple):
     index: int
     norm1: Norm
-    qkv: list                       # three Linears, or one
+    qkv: Projections                # of queries, keys and values, or one of all, by head
     q_norm: Norm | None
     k_norm: Norm | None
     out: Linear
     norm2: Norm
-    gate: Linear | None
-    up: Linear
+    up: Projections                 # of the gate, if there is one, and up
     down: Linear
+    out_norm1: Norm | None
+    out_norm2: Norm | None
     rotary: bool                    # whether positions turn its queries and keys
     spec: kernels.AttentionSpec
 
@@ -324,7 +421,7 @@ def read_linear(module):
     return Linear(weight, bias, lora)
 
 
-def read_norm(module, rms):
+def read_norm(module, family):
     """A Norm that refers to the weights of a module, or None."""
     if module is None:
         return None
@@ -332,7 +429,7 @@ def read_norm(module, rms):
     bias = getattr(module, "bias", None)
     if bias is not None:
         bias = bias.data
-    return Norm(module.weight.data, bias, eps, rms)
+    return Norm(module.weight.data, bias, eps, family.rms, family.norm_offset)
 
 
 def tensors_in(x):
@@ -388,8 +485,10 @@ def alibi_slopes(H):
 
 
 def activation_name(config):
-    name = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
-    return name or "bloom"  # whose config does not say
+    for name in ("activation_function", "hidden_activation", "hidden_act"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return FAMILIES[config.model_type].activation
 
 
 def check_supported(module):
@@ -406,6 +505,8 @@ def check_supported(module):
     activation = activation_name(config)
     if activation not in ACTIVATIONS:
         unsupported = f"activation {activation!r}"
+        if not activation:
+            unsupported = "an activation that the config does not name, as"
     rope = getattr(submodule(module, FAMILIES[kind].backbone), "rotary_emb", None)
     rope_type = getattr(rope, "rope_type", "default")
     if rope_type in ("dynamic", "longrope"):
@@ -444,9 +545,11 @@ class Decoder:
         self.head_dim = getattr(config, "head_dim", None)
         if not self.head_dim:
             self.head_dim = config.hidden_size // self.num_heads
-        self.scale = self.head_dim**-0.5
+        self.scale = (getattr(config, "query_pre_attn_scalar", None) or self.head_dim) ** -0.5
         if not getattr(config, "scale_attn_weights", True):
             self.scale = 1.0
+        self.attention_softcap = getattr(config, "attn_logit_softcapping", None) or 0.0
+        self.logit_softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         self.block = self.family.block
         if not getattr(config, "do_layer_norm_before", True):
             self.block = post_norm
@@ -498,13 +601,30 @@ class Decoder:
             slopes = torch.tensor(alibi_slopes(self.config.num_attention_heads))
             self.slopes = slopes[self.share(len(slopes))].to(self.device)     # (H,)
         self.layers = []
+        moved = False
         for index, layer in enumerate(submodule(self.backbone, self.family.layers)):
+            if not self.copies:
+                moved |= self.lay_out(layer)
             with gathered(*layer.parameters()):
                 self.layers.append(self.keep(self.load_layer(index, layer)))
+        if moved and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the weights have left is too small for a KV cache
 
         self.weight_bytes = sum(x.numel() * x.element_size() for x in self.weights())
         if self.head is not self.embed:  # a token reads one row of the embedding
             self.weight_bytes -= self.embed.numel() * self.embed.element_size()
+
+    def lay_out(self, layer):
+        """Puts the weights that one product computes next to each other in memory. Returns whether
+        any moved."""
+        family = self.family
+        moved = False
+        for paths in (family.qkv, (family.gate, family.up)):
+            modules = [submodule(layer, path) for path in dict.fromkeys(paths) if path]
+            modules = [getattr(module, "base", module) for module in modules]  # without LoRA
+            moved |= make_neighbours([module.weight for module in modules])
+            moved |= make_neighbours([getattr(module, "bias", None) for module in modules])
+        return moved
 
     def keep(self, weights):
         """Copies weights that do not last: what ZeRO-3 gathers is freed after `with gathered`."""
@@ -526,11 +646,13 @@ class Decoder:
         params = [p for m in modules if m is not None for p in m.parameters()]
         with gathered(*params):
             self.embed = self.keep(embed.weight.data)                         # (V, E)
+            scale = torch.tensor(getattr(embed, "scalar_embed_scale", 1.0))
+            self.embed_scale = scale.to(self.embed.dtype).item()  # rounded as in transformers
             self.embed_positions = None
             if embed_positions is not None:
                 self.embed_positions = self.keep(embed_positions.weight.data)
-            self.embed_norm = self.keep(read_norm(embed_norm, family.rms))
-            self.final_norm = self.keep(read_norm(final_norm, family.rms))
+            self.embed_norm = self.keep(read_norm(embed_norm, family))
+            self.final_norm = self.keep(read_norm(final_norm, family))
             self.project_in = self.keep(read_linear(project_in))
             self.project_out = self.keep(read_linear(project_out))
             assert getattr(head, "bias", None) is None, "decoder: an output layer with a bias"
@@ -546,28 +668,35 @@ class Decoder:
             return read_linear(submodule(layer, path))
 
         def norm(path):
-            return read_norm(submodule(layer, path), family.rms)
+            return read_norm(submodule(layer, path), family)
 
-        q_norm = k_norm = gate = None
+        q_norm = k_norm = None
         if family.qk_norms:
             q_norm, k_norm = map(norm, family.qk_norms)
-        qkv = [linear(path) for path in family.qkv]
         out = linear(family.out)
         up = linear(family.up)
         down = linear(family.down)
-        if family.gate == family.up:  # stacked, the gate first
-            half = len(up.weight) // 2
-            gate = up.outputs(slice(0, half))
-            up = up.outputs(slice(half, None))
-        elif family.gate:
-            gate = linear(family.gate)
-
+        q_width = self.num_heads * self.tp * self.head_dim
+        k_width = self.num_kv_heads * self.tp * self.head_dim
+        qkv_widths = [q_width, k_width, k_width]
+        up_widths = [len(up.weight) // 2] * 2
         if self.tp > 1:  # columns, then rows: one sum over ranks for each half layer
-            qkv = self.slice_qkv(qkv, q_norm)
             out = out.inputs(self.share(out.weight.size(1)))
-            up = self.slice_outputs(up)
-            gate = gate and self.slice_outputs(gate)
             down = down.inputs(self.share(down.weight.size(1)))
+
+        # OLMo-2's norm of q needs all heads; qkv() takes this rank's heads after it.
+        all_heads = q_norm is not None and len(q_norm.weight) > self.head_dim
+        qkv = [linear(path) for path in family.qkv]
+        if family.qkv_order == "stacked":
+            qkv = self.stacked(qkv[0], qkv_widths)
+        else:
+            qkv = self.projections(qkv, sliced=not all_heads)
+        if family.gate == family.up:  # the gate first
+            up = self.stacked(up, up_widths)
+        elif family.gate:
+            up = self.projections([linear(family.gate), up])
+        elif self.tp > 1:
+            up = self.slice_outputs(up)
 
         return Layer(
             index=index,
@@ -577,12 +706,17 @@ class Decoder:
             k_norm=k_norm,
             out=out,
             norm2=norm(family.norm2),
-            gate=gate,
             up=up,
             down=down,
+            out_norm1=norm(family.out_norm1),
+            out_norm2=norm(family.out_norm2),
             rotary=has_rotary(family, self.config, index),
             spec=kernels.AttentionSpec(
-                self.scale, attention_window(self.config, index), self.slopes),
+                self.scale,
+                attention_window(self.config, index),
+                self.slopes,
+                self.attention_softcap,
+            ),
         )
 
     def share(self, n):
@@ -592,15 +726,21 @@ class Decoder:
     def slice_outputs(self, linear):
         return linear.outputs(self.share(len(linear.weight)))
 
-    def slice_qkv(self, qkv, q_norm):
-        if q_norm is not None and len(q_norm.weight) > self.head_dim:
-            return qkv  # OLMo-2's norm needs all heads; qkv() slices them after it
-        if self.family.qkv_order == "stacked":  # a rank needs its share of each of the three
-            q = self.num_heads * self.tp * self.head_dim
-            k = self.num_kv_heads * self.tp * self.head_dim
-            parts = (slice(0, q), slice(q, q + k), slice(q + k, None))
-            qkv = [qkv[0].outputs(part) for part in parts]
-        return [self.slice_outputs(linear) for linear in qkv]
+    def projections(self, linears, sliced=True):
+        """Projections of the same input, or this rank's share of each. sliced: False for all of
+        their outputs."""
+        if self.tp > 1 and sliced:
+            linears = [self.slice_outputs(linear) for linear in linears]
+        return Projections.of(linears, self.copies)
+
+    def stacked(self, linear, widths):
+        """One projection that holds several of these widths, or this rank's share of each."""
+        if self.tp == 1:
+            parts = [Linear(None, None, None)] * len(widths)
+            return Projections(parts, linear, widths, list(range(len(widths))))
+        starts = itertools.accumulate(widths, initial=0)
+        parts = [linear.outputs(slice(i, i + n)) for i, n in zip(starts, widths)]
+        return self.projections(parts)
 
     def build_rotary(self, capacity):
         """Cosines and sines of the positions below capacity, (C, R / 2) float32."""
@@ -638,6 +778,8 @@ class Decoder:
         """tokens, positions (N,). attend(layer, q, k, v) -> (N, H, D) writes k and v to the KV
         cache and does the attention. Returns hidden states (N, E)."""
         x = F.embedding(tokens, self.embed)                                   # (N, E)
+        if self.embed_scale != 1:
+            x = x * self.embed_scale
         if self.project_in is not None:
             x = self.project_in(x)
         if self.embed_positions is not None:
@@ -663,7 +805,7 @@ class Decoder:
         return x
 
     def logits(self, hidden):
-        return kernels.logits(hidden, self.head)                              # (N, V)
+        return kernels.logits(hidden, self.head, self.logit_softcap)          # (N, V)
 
     def attention(self, layer, attend, h):
         q, k, v = self.qkv(layer, h)
@@ -672,13 +814,13 @@ class Decoder:
 
     def qkv(self, layer, h):
         """Queries (N, H, D), keys and values (N, K, D)."""
-        H, K, D = self.num_heads, self.num_kv_heads, self.head_dim
-        if len(layer.qkv) == 3:
-            q, k, v = (linear(h).unflatten(-1, (-1, D)) for linear in layer.qkv)
-        elif self.family.qkv_order == "stacked":
-            q, k, v = layer.qkv[0](h).unflatten(-1, (H + 2 * K, D)).split([H, K, K], dim=1)
+        H = self.num_heads
+        D = self.head_dim
+        outputs = layer.qkv(h)
+        if self.family.qkv_order == "by head":
+            q, k, v = outputs[0].unflatten(-1, (H, 3, D)).unbind(2)
         else:
-            q, k, v = layer.qkv[0](h).unflatten(-1, (H, 3, D)).unbind(2)
+            q, k, v = (x.unflatten(-1, (-1, D)) for x in outputs)
         if layer.q_norm is not None:
             q = layer.q_norm.of_heads(q)
             k = layer.k_norm.of_heads(k)
@@ -687,10 +829,11 @@ class Decoder:
         return q, k, v
 
     def mlp(self, layer, h):
-        if layer.gate is not None:
-            h = self.activation(layer.gate(h)) * layer.up(h)
+        if self.family.gate:
+            gate, up = layer.up(h)
+            h = kernels.ACTIVATIONS[self.activation].function(gate) * up
         else:
-            h = self.activation(layer.up(h))
+            h = layer.up.activated(h, self.activation)
         return self.sum_over_ranks(layer.down, h)                             # (N, E)
 
     def sum_over_ranks(self, linear, x):

@@ -12,7 +12,8 @@
             step does not need the host. On a GPU it is one CUDA graph per batch size, which serves
             all lengths and stays valid when an optimizer step changes the weights in place.
   retire    Rows that have ended are copied out and free their slots. So the cost follows the
-            tokens that are sampled, and not rows x longest answer (continuous batching).
+            tokens that are sampled, and not rows x longest answer (continuous batching). A row that
+            a tool or an environment answers stays, and goes on with the tokens that it was given.
   release   The memory of the KV cache, and of gathered weights, goes back to training.
 
 decoder.py says which model families this works for; others raise an error. `--engine hf` is the
@@ -58,7 +59,8 @@ class Rollout:
     tokens: torch.Tensor            # (N, T) long, right-padded: prompt, then answer with its EOS
     prompt_lens: torch.Tensor       # (N,) long
     answer_lens: torch.Tensor       # (N,) long
-    logprobs: torch.Tensor          # (N, A) float32, under the tempered policy, 0 past the end
+    logprobs: torch.Tensor          # (N, A) float32, under the tempered policy, 0 elsewhere
+    sampled: torch.Tensor           # (N, A) bool: answer tokens that the model sampled
 
 
 def row_keys(seed, n):
@@ -91,24 +93,26 @@ class KVCache:
 
     k_cache, v_cache (L, S, K, C, D); tokens (S, C) long; logprobs (S, C) float32, of each token;
     lengths (S,) tokens in the slot, the newest included; max_lengths (S,) where the row must end;
-    keys (S,) of its random numbers; done (S,) bool, true also where there is no row.
+    keys (S,) of its random numbers; done (S,) bool, true also where there is no row. With tools,
+    given (S, C) long: the token that a tool has put there, or -1.
     """
 
     def __init__(self, decoder, max_batch, kv_gib):
         self.decoder = decoder
         self.max_batch = max_batch
         self.kv_gib = kv_gib
-        self.k_cache = self.v_cache = None
+        self.k_cache = self.v_cache = self.given = None
         self.capacity = None                                  # C
         self.most_slots = None                                # that memory has room for
         self.announced = set()                                # sizes that were printed
 
-    def reserve(self, rows, capacity):
+    def reserve(self, rows, capacity, has_tools=False):
         """Makes room for `rows` rows, or for as many as memory allows. Keeps what is there if it
-        is enough."""
+        is enough. has_tools: with room for tokens that tools give."""
         if self.k_cache is not None and self.capacity == capacity:
             S = len(self.slots)
-            if S >= rows or S == self.most_slots:
+            has_room = S >= rows or S == self.most_slots
+            if has_room and has_tools == (self.given is not None):
                 return
         self.release()
         S = self.plan(rows, capacity)
@@ -126,6 +130,8 @@ class KVCache:
         self.keys = torch.zeros(S, dtype=torch.long, device=device)
         self.done = torch.ones(S, dtype=torch.bool, device=device)
         self.slots = torch.arange(S, device=device)
+        if has_tools:
+            self.given = torch.full((S, capacity), -1, device=device)
 
     def plan(self, rows, capacity):
         """The number of slots, from the free memory. Prints the plan once for each size."""
@@ -194,8 +200,11 @@ class KVCache:
         self.done[source] = True
 
     def state(self):
-        return [
+        state = [
             self.tokens, self.logprobs, self.lengths, self.max_lengths, self.keys, self.done]
+        if self.given is not None:
+            state.append(self.given)
+        return state
 
     def tensors(self):
         return [self.k_cache, self.v_cache, self.slots, *self.state()]
@@ -203,6 +212,7 @@ class KVCache:
     def release(self):
         self.k_cache = self.v_cache = self.tokens = self.logprobs = None
         self.lengths = self.max_lengths = self.keys = self.done = self.slots = None
+        self.given = None
 
 
 # -----------------------------------------------------------------------------
@@ -307,6 +317,15 @@ def check_lengths(lengths, max_new_tokens, limit, what):
         raise UserError(message)
 
 
+def require_finite(logprobs):
+    """Raises UserError where a model has no distribution to sample from any more."""
+    if not logprobs.isfinite().all():
+        message = (
+            "the model's log-probabilities are NaN or infinite: training has diverged, or its "
+            "weights are broken; take a lower learning rate")
+        raise UserError(message)
+
+
 def group_by_prompt(rows, prompts, lengths):
     """Lists of rows with the same prompt, short prompts first: attention is fastest where
     sequences of one length are next to each other."""
@@ -331,6 +350,7 @@ class Requests:
         self.max_new_tokens = max_new_tokens
         self.out_tokens = torch.zeros(N, capacity, dtype=torch.long, device=device)
         self.out_logprobs = torch.zeros(N, capacity, device=device)           # of each token
+        self.out_given = None                                                 # (N, C) bool
         self.out_lengths = torch.zeros(N, dtype=torch.long, device=device)
 
     def rollout(self, rows):
@@ -350,8 +370,11 @@ class Requests:
         mask = index < answer_lens[:, None]
         index = torch.where(mask, prompt_lens[:, None] + index, 0)
         logprobs = self.out_logprobs[rows].gather(1, index)
-        logprobs = torch.where(mask, logprobs, 0)                             # (n, A)
-        return Rollout(tokens, prompt_lens, answer_lens, logprobs)
+        sampled = mask                                                        # (n, A)
+        if self.out_given is not None:
+            sampled = mask & ~self.out_given[rows].gather(1, index)
+        logprobs = torch.where(sampled, logprobs, 0)                          # (n, A)
+        return Rollout(tokens, prompt_lens, answer_lens, logprobs, sampled)
 
 
 class HybridEngine:
@@ -372,26 +395,37 @@ class HybridEngine:
         self.max_len = max_len
         self.stats = {}
         self.eos_tensors = {}                                 # graphs hold their addresses
+        self.respond = None                                   # see generate
+        self.mine = None                                      # the requests of this rank, a slice
 
     # ---- what callers use ----
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-                 eos_token_id=None, seed=None):
+                 eos_token_id=None, seed=None, respond=None):
         """Samples an answer to every prompt.
 
         prompts: lists of token ids, ragged, any number. temperature 0 is greedy. eos_token_id: an
         id, a list of ids, or None (every answer has max_new_tokens). seed: an int, or one int per
-        row; the same seed gives the same tokens, however rows are batched. Returns a Rollout in
-        the order of the prompts, on the device of the model. Raises UserError before anything runs.
+        row; the same seed gives the same tokens, however rows are batched.
+
+        respond: a tool or an environment, that is asked whenever an answer comes to an EOS. It is
+        called with the number of the prompt and the token ids of the answer so far, and returns
+        the ids to go on with, or None at the end. They become a part of the answer, count among
+        its max_new_tokens, and are not `sampled`.
+
+        Returns a Rollout in the order of the prompts, on the device of the model. Raises UserError
+        before anything runs.
         """
-        mine = slice(0, len(prompts))
+        self.respond = respond
+        self.mine = slice(0, len(prompts))
         if self.decoder.tp > 1:
-            prompts, seed, mine = self.gather_prompts(prompts, seed)
+            prompts, seed, self.mine = self.gather_prompts(prompts, seed)
         self.start(prompts, max_new_tokens, temperature, top_k, top_p, eos_token_id, seed)
         while self.waiting or self.running:
             self.step()
-        rollout = self.requests.rollout(mine)
+        rollout = self.requests.rollout(self.mine)
+        require_finite(rollout.logprobs)
         self.finish_stats(rollout)
         return rollout
 
@@ -399,11 +433,14 @@ class HybridEngine:
     def stream(self, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
                eos_token_id=None, seed=None):
         """Yields the token ids of one answer as they are sampled, its EOS included."""
+        self.respond = None
+        self.mine = slice(0, 1)
         self.start([prompt], max_new_tokens, temperature, top_k, top_p, eos_token_id, seed)
         yielded = len(prompt)
         while self.waiting or self.running:
             self.step()
             length = int(self.cache.lengths[0])
+            require_finite(self.cache.logprobs[0, yielded:length])
             yield from self.cache.tokens[0, yielded:length].tolist()
             yielded = length
 
@@ -429,6 +466,8 @@ class HybridEngine:
             self.close_gaps()
             self.decode()
             ended = self.ended_slots()
+        if self.respond:
+            ended = [slot for slot in ended if not self.ask_tool(slot)]
         self.retire(ended)
 
     def can_admit(self):
@@ -467,6 +506,8 @@ class HybridEngine:
         cache.max_lengths[slots] = lengths + requests.max_new_tokens
         cache.keys[slots] = self.tensor(requests.keys[rows])
         cache.done[slots] = False
+        if self.respond:
+            cache.given[slots] = -1
         self.append(logits[self.tensor(group_of_row)], slots)
         self.count("prefill", start, int(requests.prompt_lens[rows[first]].sum()))
 
@@ -516,12 +557,43 @@ class HybridEngine:
         n = self.step_size(max(self.running) + 1)
         for _ in range(steps):
             if self.use_graphs:
-                key = (n, self.cache.capacity, self.sampling, self.eos_ids)
+                has_tools = self.respond is not None
+                key = (n, self.cache.capacity, self.sampling, self.eos_ids, has_tools)
                 self.graphs.run(key, partial(self.decode_step, n))
             else:
                 self.decode_step(n)
         self.stats["decode_steps"] += steps
         self.count("decode", start, 0)
+
+    def ask_tool(self, slot):
+        """Asks `respond` how a row that came to its EOS goes on. Returns whether it does."""
+        cache = self.cache
+        row = self.running[slot]
+        length = int(cache.lengths[slot])
+        room = int(cache.max_lengths[slot]) - length
+        answer = cache.tokens[slot, self.requests.prompt_lens[row] : length].tolist()
+        if room < 1 or answer[-1] not in self.eos_ids:
+            return False
+        reply = self.call_respond(row, answer)
+        if not reply:
+            return False
+        reply = torch.tensor(reply[:room], device=cache.slots.device)
+        cache.given[slot, length : length + len(reply)] = reply
+        cache.done[slot] = False
+        return True
+
+    def call_respond(self, row, answer):
+        """What `respond` returns. Of the ranks that share a model, the one asks whose prompt it is,
+        and tells the others."""
+        mine = range(len(self.requests.keys))[self.mine]
+        reply = None
+        if row in mine:
+            reply = self.respond(row - mine.start, answer)
+        if self.decoder.tp == 1:
+            return reply
+        replies = [None] * self.decoder.tp
+        dist.all_gather_object(replies, reply, group=self.decoder.group)
+        return next(filter(None, replies), None)
 
     def retire(self, ended):
         """Rows that have ended leave their slots, and are copied to the results."""
@@ -534,6 +606,8 @@ class HybridEngine:
         requests.out_tokens[rows] = cache.tokens[slots]
         requests.out_logprobs[rows] = cache.logprobs[slots]
         requests.out_lengths[rows] = cache.lengths[slots]
+        if cache.given is not None:
+            requests.out_given[rows] = cache.given[slots] >= 0
 
     def tensor(self, values):
         return torch.as_tensor(values, device=self.decoder.device)
@@ -576,7 +650,7 @@ class HybridEngine:
         positions = lengths - 1                                               # of the newest token
         tokens = cache.tokens[:n].gather(1, positions[:, None])[:, 0]         # (n,)
         # Rows that have ended read no keys and values: they would cost bandwidth.
-        key_lengths = torch.where(cache.done[:n], 0, lengths)                 # (n,)
+        key_lengths = lengths.masked_fill(cache.done[:n], 0)                  # (n,)
 
         def attend(layer, q, k, v):
             q, k = self.rope_and_cache(layer, q, k, v, slots, positions)
@@ -586,6 +660,18 @@ class HybridEngine:
 
         hidden = self.decoder.forward(tokens, positions, attend)              # (n, E)
         self.append(self.decoder.logits(hidden), slots)
+        if self.respond:
+            self.put_given(slots)
+
+    def put_given(self, slots):
+        """Where a tool has given the newest token, it takes the place of the sampled one."""
+        cache = self.cache
+        last = cache.lengths[slots] - 1                                       # (n,)
+        given = cache.given[slots, last]
+        is_given = given >= 0
+        cache.tokens[slots, last] = torch.where(is_given, given, cache.tokens[slots, last])
+        is_full = cache.lengths[slots] >= cache.max_lengths[slots]
+        cache.done[slots] = torch.where(is_given, is_full, cache.done[slots])
 
     def rope_and_cache(self, layer, q, k, v, slots, positions):
         k_cache = self.cache.k_cache[layer.index]
@@ -599,19 +685,15 @@ class HybridEngine:
         """Samples a token for each slot. If its row has not ended, writes the token, its
         log-probability, and whether it ends the row. logits (n, V), slots (n,)"""
         cache = self.cache
-        running = ~cache.done[slots]
-        lengths = cache.lengths[slots]
-        u = kernels.uniform(cache.keys[slots], lengths)
-        new, logprob = kernels.sample(logits, u, *self.sampling)              # (n,), (n,)
-
-        # A row that has ended overwrites its last token with the same one.
-        lengths = lengths + running
-        last = lengths - 1
-        cache.tokens[slots, last] = torch.where(running, new, cache.tokens[slots, last])
-        cache.logprobs[slots, last] = torch.where(running, logprob, cache.logprobs[slots, last])
-        cache.lengths[slots] = lengths
-        is_eos = (new[:, None] == self.eos).any(1)  # not isin, which sorts: no graph can hold it
-        cache.done[slots] |= is_eos | (lengths >= cache.max_lengths[slots])
+        rows = kernels.Rows(
+            tokens=cache.tokens,
+            logprobs=cache.logprobs,
+            lengths=cache.lengths,
+            max_lengths=cache.max_lengths,
+            keys=cache.keys,
+            done=cache.done,
+        )
+        kernels.sample_next(logits, slots, rows, self.eos, *self.sampling)
 
     # ---- before and after ----
 
@@ -641,10 +723,14 @@ class HybridEngine:
         if not capacity:
             longest = max(map(len, prompts)) + max_new_tokens
             capacity = 32 * math.ceil(longest / 32)  # so that similar calls have the same
-        self.cache.reserve(min(N, self.max_batch or N), capacity)
+        has_tools = self.respond is not None
+        self.cache.reserve(min(N, self.max_batch or N), capacity, has_tools)
         self.cache.done.fill_(True)
         self.decoder.build_rotary(capacity)
         self.requests = Requests(prompts, keys, max_new_tokens, capacity, device)
+        if has_tools:
+            self.cache.given.fill_(-1)
+            self.requests.out_given = torch.zeros(N, capacity, dtype=torch.bool, device=device)
         self.waiting = deque(range(N))                                        # rows
         self.running = {}                                                     # slot: row
 
@@ -735,6 +821,7 @@ class TemperedLogprobs:
         """tokens (N, T) until now, logits (N, V) of the next one."""
         if self.prev_logprobs is not None:
             self.add(tokens)
+        require_finite(logits.logsumexp(-1))
         logits = logits.float() / (self.temperature or 1)
         logits = kernels.top_k_top_p_filter(logits, self.top_k, self.top_p)
         self.prev_logprobs = logits.log_softmax(-1)
@@ -757,10 +844,12 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-                 eos_token_id=None, seed=None):
+                 eos_token_id=None, seed=None, respond=None):
         """See HybridEngine.generate."""
         from transformers import GenerationConfig, LogitsProcessorList
 
+        if respond:
+            raise UserError("a tool between turns needs --engine hybrid")
         start = time.perf_counter()
         device = next(self.module.parameters()).device
         eos_ids = as_tuple(eos_token_id)
@@ -806,7 +895,7 @@ class HFEngine:
             "decode_tokens": int(answer_lens.sum()),
         }
         rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)        # (N, T)
-        return Rollout(rows, prompt_lens, answer_lens, logprobs)
+        return Rollout(rows, prompt_lens, answer_lens, logprobs, mask)
 
     def run(self, seed, **call):
         """module.generate(**call) with random numbers of its own, and the model as it should be."""

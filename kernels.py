@@ -45,8 +45,52 @@ FLOAT32_RESULTS = hasattr(torch.ops.aten.addmm, "dtype_out") and not torch.versi
 # e^x = 2^(x * LOG2E). Attention kernels use powers of 2, for which GPUs have an instruction.
 LOG2E = tl.constexpr(1.4426950408889634)
 
+def require_indices(**tensors):
+    """Kernels read slots, positions and lengths as int64 that lie one after the other, whatever a
+    tensor says of itself."""
+    for name, x in tensors.items():
+        is_index = x.dtype == torch.int64 and x.is_contiguous()
+        assert is_index, f"{name} must be contiguous int64, and is {x.dtype}, strides {x.stride()}"
+
+
 # -----------------------------------------------------------------------------
 # matrix products
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+class Activation(NamedTuple):
+    function: object
+    onednn: str = ""  # its name where oneDNN applies it to the result of a product
+    algorithm: str = ""  # of that
+    cublas: str = ""  # the same of cuBLAS: relu, or gelu, which is the one with tanh
+
+
+ACTIVATIONS = {
+    "relu": Activation(torch.relu_, "relu", cublas="relu"),
+    "silu": Activation(F.silu, "swish"),
+    "gelu": Activation(F.gelu, "gelu", "none"),
+    "gelu_tanh": Activation(gelu_tanh, "gelu", "tanh", cublas="gelu"),
+}
+
+
+def linear_activation(x, weight, bias, activation):
+    """activation(x @ weight.T + bias), where possible in one call. x (N, in), weight (out, in),
+    bias (out,) or None; activation: a name in ACTIVATIONS. Without gradient."""
+    a = ACTIVATIONS[activation]
+    if x.is_cuda and a.cublas and bias is not None:
+        return torch._addmm_activation(bias, x, weight.T, use_gelu=a.cublas == "gelu")
+    if uses_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, a.onednn, [], a.algorithm)
+    return a.function(F.linear(x, weight, bias))
+
+
+def uses_onednn(x):
+    """Whether oneDNN computes a product of x."""
+    single_row = x.numel() == x.size(-1)
+    return ONEDNN and not x.is_cuda and x.dtype in ONEDNN_DTYPES and not single_row
 
 
 def linear(x, weight, bias=None):
@@ -56,8 +100,7 @@ def linear(x, weight, bias=None):
     not use the wide vector units, oneDNN was 1.3 to 2.3 times as fast as F.linear for 7 to 4,096
     rows, and slower for 1 and 2 rows (256 x 1024 and 256 x 8192, float32).
     """
-    single_row = x.numel() == x.size(-1)
-    if not ONEDNN or x.is_cuda or x.dtype not in ONEDNN_DTYPES or single_row:
+    if not uses_onednn(x):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return OneDNNLinear.apply(x, weight, bias)
@@ -103,6 +146,12 @@ def onednn_weight_grad(grad_output, x):
     return onednn_linear(x.T, grad_output.T).T
 
 
+def add_product(y, x, weight, scale):
+    """y + scale * x @ weight.T, in one call. y (..., out), x (..., in), weight (out, in)."""
+    rows = y.flatten(0, -2)
+    return torch.addmm(rows, x.flatten(0, -2), weight.T, alpha=scale).view_as(y)
+
+
 class Linear(torch.nn.Linear):
     """nn.Linear with the product above."""
 
@@ -123,16 +172,22 @@ def use_onednn_linears(model):
     return model
 
 
-def logits(hidden, weight):
+def logits(hidden, weight, softcap=0.0):
     """hidden @ weight.T, the output layer, without gradient. hidden (n, E), weight (V, E): (n, V).
+
+    softcap (Gemma 2): logits become softcap * tanh(logits / softcap); 0: they stay.
 
     On a GPU the logits of a bfloat16 model are float32. Rounded to bfloat16, whose numbers above 16
     are 0.125 apart, they would put noise into log-probabilities and KL. Elsewhere they have the
     dtype of hidden.
     """
     if hidden.is_cuda and hidden.dtype == torch.bfloat16 and FLOAT32_RESULTS:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return linear(hidden, weight)
+        z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        z = linear(hidden, weight)
+    if softcap > 0:
+        z = z.div_(softcap).tanh_().mul_(softcap)
+    return z
 
 
 # -----------------------------------------------------------------------------
@@ -386,6 +441,7 @@ def prefill_attention_triton(q, k, v, cu_seqlens, spec):
     B = len(cu_seqlens) - 1
     contiguous = q.stride(2) == k.stride(2) == v.stride(2) == 1
     assert contiguous, "prefill_attention: the features of a head must be contiguous"
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous(), "cu_seqlens: int32"
     out = q.new_empty(N, H, D)
     hopper = False
     if q.is_cuda and not torch.version.hip:
@@ -572,6 +628,7 @@ def decode_attention_triton(q, k_cache, v_cache, lengths, spec):
     K, C = k_cache.shape[1:3]
     contiguous = q.stride(2) == k_cache.stride(3) == 1
     assert contiguous, "decode_attention: the features of a head must be contiguous"
+    require_indices(lengths=lengths)
     same_layout = k_cache.stride() == v_cache.stride()
     assert same_layout, "decode_attention: the two caches must have the same strides"
     BD = max(16, next_power_of_2(D))  # tl.dot needs 16
@@ -728,6 +785,7 @@ def rope_and_cache_triton(q, k, v, k_cache, v_cache, slots, positions, cos=None,
     K = k.size(1)
     contiguous = all(x.stride(-1) == 1 for x in (q, k, v, k_cache))
     assert contiguous, "rope_and_cache: the features of a head must be contiguous"
+    require_indices(slots=slots, positions=positions)
     same_layout = k_cache.stride() == v_cache.stride()
     assert same_layout, "rope_and_cache: the two caches must have the same strides"
     if cos is None:
@@ -766,14 +824,15 @@ def rope_and_cache_triton(q, k, v, k_cache, v_cache, slots, positions, cos=None,
 # norms
 
 
-def add_norm(x, residual, weight, bias, eps, rms):
+def add_norm(x, residual, weight, bias, eps, rms, offset=0.0):
     """residual + x, and the norm of this sum: what connects the halves of a transformer layer.
 
     x, residual (..., E), or residual None; weight, bias (E,). rms: RMSNorm without mean and bias
-    (Zhang and Sennrich 2019), otherwise LayerNorm. Returns (normed, sum), both (..., E).
+    (Zhang and Sennrich 2019), otherwise LayerNorm. offset: added to the weight of an RMSNorm, 1 for
+    Gemma. Returns (normed, sum), both (..., E).
     """
     if x.is_cuda:
-        return add_norm_triton(x, residual, weight, bias, eps, rms)
+        return add_norm_triton(x, residual, weight, bias, eps, rms, offset)
     total = x
     if residual is not None:
         total = residual + x
@@ -781,26 +840,32 @@ def add_norm(x, residual, weight, bias, eps, rms):
         return F.layer_norm(total, (total.size(-1),), weight, bias, eps), total
     y = total.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    if offset:  # Gemma rounds once, the others before the product and after it
+        return (y * (offset + weight.float())).to(total.dtype), total
     return weight * y.to(total.dtype), total
 
 
 @jit
 def add_norm_kernel(
-    x_ptr,  # (N, E)
-    residual_ptr,  # (N, E) or None
+    x_ptr,  # (N, E) or (N, H, E)
+    residual_ptr,  # of the same shape, or None
     weight_ptr,  # (E,)
     bias_ptr,  # (E,) or None
-    normed_ptr,  # (N, E)
-    total_ptr,  # (N, E), written where there is a residual
+    normed_ptr,  # as x
+    total_ptr,  # as x, written where there is a residual
+    stride_n, stride_h,  # of x
     eps,
     E: tl.constexpr,
     RMS: tl.constexpr,
+    OFFSET: tl.constexpr,
     BE: tl.constexpr,
 ):
     offs_e = tl.arange(0, BE)
     mask = offs_e < E
-    offs = tl.program_id(0).to(tl.int64) * E + offs_e
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0)                     # (BE,)
+    n = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    offs = (n * tl.num_programs(1) + h) * E + offs_e
+    x = tl.load(x_ptr + n * stride_n + h * stride_h + offs_e, mask=mask, other=0.0)  # (BE,)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
@@ -809,33 +874,44 @@ def add_norm_kernel(
     if not RMS:
         y = tl.where(mask, y - tl.sum(y, 0) / E, 0.0)
     y *= tl.rsqrt(tl.sum(y * y, 0) / E + eps)
-    if RMS:
+    if RMS and OFFSET == 0:
         y = y.to(x.dtype).to(tl.float32)  # the models that use it were trained with this rounding
-    y *= tl.load(weight_ptr + offs_e, mask=mask, other=0.0).to(tl.float32)
+    y *= tl.load(weight_ptr + offs_e, mask=mask, other=0.0).to(tl.float32) + OFFSET
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_e, mask=mask, other=0.0).to(tl.float32)
     tl.store(normed_ptr + offs, y, mask=mask)
 
 
-def add_norm_triton(x, residual, weight, bias, eps, rms):
+def add_norm_triton(x, residual, weight, bias, eps, rms, offset=0.0):
     """Bytes: x and residual read once, sum and norm written once: 4 * N * E * element size. One
-    program per row."""
-    x = x.contiguous()
+    program per row.
+
+    x may be (N, H, E), with heads that are slices of a joint projection.
+    """
+    assert x.stride(-1) == 1, "add_norm: the features of a row must be contiguous"
+    heads = 1
+    stride_h = 0
+    if x.dim() == 3:
+        heads = x.size(1)
+        stride_h = x.stride(1)
     total = x
     if residual is not None:
         residual = residual.contiguous()
-        total = torch.empty_like(x)
+        total = x.new_empty(x.shape)
     if rms:
         bias = None
-    normed = torch.empty_like(x)
+    normed = x.new_empty(x.shape)
     E = x.size(-1)
     BE = next_power_of_2(E)
-    add_norm_kernel[(x.numel() // E,)](
+    add_norm_kernel[len(x), heads](
         x, residual, weight, bias,
         normed, total,
+        x.stride(0),
+        stride_h,
         eps,
         E=E,
         RMS=rms,
+        OFFSET=offset,
         BE=BE,
         num_warps=min(max(BE // 512, 1), 16),
     )
@@ -891,23 +967,97 @@ def sample(logits, u, temperature, top_k=0, top_p=1.0):
     """One token per row, and its log-probability under the distribution that it was drawn from.
 
     logits (B, V); u (B,) uniform in (0, 1). Temperature 0 takes the largest logit, and its
-    log-probability is the one at temperature 1. Returns tokens (B,) int64, logprobs (B,) float32.
+    log-probability is the one at temperature 1. PyTorch on every device. Returns tokens (B,) int64,
+    logprobs (B,) float32.
     """
     greedy = temperature == 0
-    if greedy:
-        temperature = 1.0
+    z = logits.float()
+    if temperature not in (0, 1):
+        z = z / temperature
     if top_k > 0 or top_p < 1:
-        logits = top_k_top_p_filter(logits.float() / temperature, top_k, top_p)
-        temperature = 1.0
-    if logits.is_cuda:
-        return sample_triton(logits, u, temperature, greedy)
-    logprobs = (logits.float() / temperature).log_softmax(-1)           # (B, V)
+        z = top_k_top_p_filter(z, top_k, top_p)
+    largest = z.amax(-1, keepdim=True)                                  # (B, 1)
+    mass = (z - largest).exp_()                                         # (B, V)
     if greedy:
-        tokens = logits.argmax(-1)
-    else:  # the first token at which the cumulative distribution reaches u
-        cdf = logprobs.exp().cumsum(-1)                                 # (B, V)
-        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])[:, 0]
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+        tokens = z.argmax(-1, keepdim=True)                             # (B, 1)
+        total = mass.sum(-1, keepdim=True)                              # (B, 1)
+    else:
+        tokens, total = inverse_cdf_of_rows(mass, u[:, None])
+        tokens = tokens.clamp(max=z.size(1) - 1)  # if mass is NaN
+    logprobs = z.gather(1, tokens) - largest - total.log()              # (B, 1)
+    return tokens[:, 0], logprobs[:, 0]
+
+
+def inverse_cdf_of_rows(mass, u):
+    """The first token of each row at which the running sum of mass reaches u times its whole sum,
+    and this sum. mass (B, V), u (B, 1) above 0. Returns (B, 1) each.
+
+    Takes the sums of blocks, and then the running sum in one of them: a running sum of the whole
+    row takes several times as long.
+    """
+    BLOCK = 64
+    if mass.size(1) % BLOCK:
+        mass = F.pad(mass, (0, -mass.size(1) % BLOCK))
+    mass = mass.unflatten(1, (-1, BLOCK))                               # (B, blocks, 64)
+    sums = mass.sum(-1).cumsum(-1)                                      # (B, blocks)
+    total = sums[:, -1:]
+    target = u * total
+    # If mass is NaN, no sum reaches u. The engine sees that by the log-probability.
+    block = torch.searchsorted(sums, target).clamp(max=sums.size(1) - 1)
+    before = F.pad(sums, (1, 0)).gather(1, block)
+    inside = mass.take_along_dim(block[:, :, None], 1)[:, 0].cumsum(-1)  # (B, 64)
+    # Where rounding would lead out of the block, it is its last token with mass.
+    index = torch.searchsorted(inside, torch.minimum(target - before, inside[:, -1:]))
+    return block * BLOCK + index, total
+
+
+class Rows(NamedTuple):
+    """The sequences in S slots of C tokens, as the sampler reads and continues them."""
+
+    tokens: torch.Tensor  # (S, C) int64
+    logprobs: torch.Tensor  # (S, C) float32, of each token
+    lengths: torch.Tensor  # (S,) int64
+    max_lengths: torch.Tensor  # (S,) int64: where a row must end
+    keys: torch.Tensor  # (S,) int64, of its random numbers
+    done: torch.Tensor  # (S,) bool: whether it has ended
+
+
+def sample_next(logits, slots, rows, eos, temperature=1.0, top_k=0, top_p=1.0):
+    """Samples the next token of some rows, and appends it with its log-probability.
+
+    logits (B, V), of the rows in slots (B,) int64; rows: Rows, changed in place; eos (n,) int64:
+    tokens that end a row. A row that has ended stays as it is. The random number belongs to the
+    row's key and its length; for the rest see sample.
+    """
+    if logits.is_cuda:
+        greedy = temperature == 0
+        divisor = 1.0 if greedy else temperature
+        if top_k > 0 or top_p < 1:
+            logits = top_k_top_p_filter(logits.float() / divisor, top_k, top_p)
+            divisor = 1.0
+        sample_next_triton(logits, slots, rows, eos, divisor, greedy)
+        return
+    running = ~rows.done[slots]
+    lengths = rows.lengths[slots]
+    u = uniform(rows.keys[slots], lengths)
+    new, logprobs = sample(logits, u, temperature, top_k, top_p)        # (B,), (B,)
+
+    # A row that has ended overwrites its last token with the same one.
+    lengths = lengths + running
+    last = lengths - 1
+    rows.tokens[slots, last] = torch.where(running, new, rows.tokens[slots, last])
+    rows.logprobs[slots, last] = torch.where(running, logprobs, rows.logprobs[slots, last])
+    rows.lengths[slots] = lengths
+    is_eos = (new[:, None] == eos).any(1)
+    rows.done[slots] |= is_eos | (lengths >= rows.max_lengths[slots])
+
+
+@jit
+def hash32_triton(x):
+    x = x & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 @jit
@@ -926,21 +1076,32 @@ def inverse_cdf(mass, target, SIZE: tl.constexpr):
     return index, before
 
 
-@jit
+@jit(do_not_specialize=["n_eos"])
 def sample_kernel(
     logits_ptr,  # (B, V)
-    u_ptr,  # (B,)
-    tokens_ptr,  # (B,)
-    logprobs_ptr,  # (B,)
+    slots_ptr,  # (B,)
+    tokens_ptr,  # (S, C)
+    logprobs_ptr,  # (S, C)
+    lengths_ptr,  # (S,)
+    max_lengths_ptr,  # (S,)
+    keys_ptr,  # (S,)
+    done_ptr,  # (S,)
+    eos_ptr,  # (n_eos,)
+    n_eos,
     V,
+    C,
     stride,  # from row to row of the logits
     temperature,
     GREEDY: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # a power of two, BLOCKS * BLOCK >= V
+    BEOS: tl.constexpr,
 ):
-    """Program b samples the token of row b. z are the logits after temperature."""
+    """Program b continues the row in slots[b]. z are the logits after temperature."""
     row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row)
+    if tl.load(done_ptr + slot):
+        return
     logits_ptr += row.to(tl.int64) * stride
     offs = tl.arange(0, BLOCK)
     offs_block = tl.arange(0, BLOCKS)
@@ -959,12 +1120,16 @@ def sample_kernel(
     mass *= tl.exp(largest - row_max)                                   # (BLOCKS,)
     total = tl.sum(mass, 0)
 
+    length = tl.load(lengths_ptr + slot)
+
     # Find the block, then the token in it. Greedy: the first one among the largest.
     if GREEDY:
         target = 1.0
         mass = tl.where(largest == row_max, 1.0, 0.0)
     else:
-        target = tl.load(u_ptr + row) * total
+        bits = hash32_triton(hash32_triton(tl.load(keys_ptr + slot)) + length * 0x9E3779B9)
+        u = ((bits >> 8).to(tl.float32) + 0.5) / 2**24  # that of uniform()
+        target = u * total
     block, before = inverse_cdf(mass, target, BLOCKS)
     mask = block * BLOCK + offs < V
     z = tl.load(logits_ptr + block * BLOCK + offs, mask=mask, other=float("-inf"))
@@ -975,29 +1140,44 @@ def sample_kernel(
         mass = tl.exp(z - row_max)
     index, _ = inverse_cdf(mass, target - before, BLOCK)
     token_z = tl.sum(tl.where(offs == index, z, 0.0), 0)
-    tl.store(tokens_ptr + row, block * BLOCK + index)
-    tl.store(logprobs_ptr + row, token_z - row_max - tl.log(total))
+    token = (block * BLOCK + index).to(tl.int64)
+    last = slot * C + length
+    tl.store(tokens_ptr + last, token)
+    tl.store(logprobs_ptr + last, token_z - row_max - tl.log(total))
+
+    offs_eos = tl.arange(0, BEOS)
+    eos = tl.load(eos_ptr + offs_eos, mask=offs_eos < n_eos, other=-1)
+    is_eos = tl.max((eos == token).to(tl.int32), 0) > 0
+    tl.store(lengths_ptr + slot, length + 1)
+    tl.store(done_ptr + slot, is_eos | (length + 1 >= tl.load(max_lengths_ptr + slot)))
 
 
-def sample_triton(logits, u, temperature, greedy=False):
+def sample_next_triton(logits, slots, rows, eos, temperature, greedy=False):
     """Bytes: the logits once, and one block of each row a second time. One program per row."""
     B, V = logits.shape
-    assert logits.stride(1) == 1, "sample: a row of logits must be contiguous"
-    tokens = u.new_empty(B, dtype=torch.int64)
-    logprobs = u.new_empty(B, dtype=torch.float32)
+    assert logits.stride(1) == 1, "sample_next: a row of logits must be contiguous"
+    require_indices(
+        slots=slots, tokens=rows.tokens, lengths=rows.lengths, max_lengths=rows.max_lengths,
+        keys=rows.keys, eos=eos)
+    contiguous = rows.logprobs.is_contiguous() and rows.done.is_contiguous()
+    assert contiguous, "sample_next: logprobs and done must be contiguous"
     BLOCK = min(4096, next_power_of_2(V))
     sample_kernel[(B,)](
-        logits, u,
-        tokens, logprobs,
+        logits,
+        slots,
+        *rows,
+        eos,
+        len(eos),
         V,
+        rows.tokens.size(1),
         logits.stride(0),
         float(temperature),
         GREEDY=greedy,
         BLOCK=BLOCK,
         BLOCKS=next_power_of_2(cdiv(V, BLOCK)),
+        BEOS=max(16, next_power_of_2(len(eos))),
         num_warps=8,
     )
-    return tokens, logprobs
 
 
 # -----------------------------------------------------------------------------
@@ -1058,6 +1238,7 @@ def logit_stats_kernel(
 def logit_stats_triton(logits, targets, temperature):
     """Bytes: the logits once. One program per row."""
     n, V = logits.shape
+    require_indices(targets=targets)
     logprobs = logits.new_empty(n, dtype=torch.float32)
     lse = logits.new_empty(n, dtype=torch.float32)
     entropy = logits.new_empty(n, dtype=torch.float32)
@@ -1116,6 +1297,7 @@ def logit_grads_kernel(
 def logit_grads_triton(logits, targets, lse, entropy, g, g_entropy, temperature):
     """Bytes: the logits read once, and overwritten once."""
     n, V = logits.shape
+    require_indices(targets=targets)
     BLOCK = min(4096, next_power_of_2(V))
     logit_grads_kernel[n, cdiv(V, BLOCK)](
         logits, targets,
@@ -1154,7 +1336,7 @@ class TokenLogprobs(torch.autograd.Function):
     CHUNK = {"cpu": 2**22, "cuda": 2**26}
 
     @staticmethod
-    def chunks(hidden, weight):
+    def chunks(hidden, weight, softcap=0.0):
         """Yields slices of rows and their logits (n, V), all of nearly the same size: there is no
         small and slow last one."""
         rows = len(hidden)
@@ -1162,18 +1344,19 @@ class TokenLogprobs(torch.autograd.Function):
         count = -(-rows // rows_per_chunk)
         for i in range(count):
             part = slice(rows * i // count, rows * (i + 1) // count)
-            yield part, logits(hidden[part], weight)
+            yield part, logits(hidden[part], weight, softcap)
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
+    def forward(ctx, hidden, weight, targets, temperature, softcap):
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         lse = torch.empty_like(logprobs)
         entropy = torch.empty_like(logprobs)
-        for part, z in TokenLogprobs.chunks(hidden, weight):
+        for part, z in TokenLogprobs.chunks(hidden, weight, softcap):
             stats = logit_stats(z, targets[part], temperature)
             logprobs[part], lse[part], entropy[part] = stats
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         ctx.temperature = temperature
+        ctx.softcap = softcap
         return logprobs, entropy
 
     @staticmethod
@@ -1183,22 +1366,27 @@ class TokenLogprobs(torch.autograd.Function):
         d_weight = None
         if ctx.needs_input_grad[1]:
             d_weight = torch.zeros_like(weight, dtype=torch.float32)    # (V, E)
-        for part, z in TokenLogprobs.chunks(hidden, weight):
+        for part, z in TokenLogprobs.chunks(hidden, weight, ctx.softcap):
             stats = (lse[part], entropy[part], g[part], g_entropy[part])
+            slope = None
+            if ctx.softcap > 0:  # the derivative of softcap * tanh; logit_grads overwrites z
+                slope = 1 - (z.float() / ctx.softcap).square()
             dz = logit_grads(z, targets[part], *stats, ctx.temperature)
+            if slope is not None:
+                dz = dz * slope
             dz = dz.to(hidden.dtype)  # logits may be float32 where hidden is not; see logits()
             d_hidden[part] = linear(dz, weight.T)
             if d_weight is not None:
                 add_weight_grad(d_weight, dz, hidden[part])
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None
 
 
-def token_logprobs(hidden, weight, targets, temperature=1.0):
+def token_logprobs(hidden, weight, targets, temperature=1.0, softcap=0.0):
     """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy of the same.
 
-    hidden (N, E), weight (V, E), targets (N,) int64. Returns logprobs (N,), entropy (N,), float32;
-    both carry gradient.
+    hidden (N, E), weight (V, E), targets (N,) int64; softcap: see logits. Returns logprobs (N,),
+    entropy (N,), float32; both carry gradient.
     """
-    return TokenLogprobs.apply(hidden, weight, targets, temperature)
+    return TokenLogprobs.apply(hidden, weight, targets, temperature, softcap)

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from utils import UserError
+from utils import UserError, flag_of, print0
 
 # -----------------------------------------------------------------------------
 # model folders in
@@ -33,7 +33,10 @@ def require_folder(path):
     """Raises UserError where `path` can be neither a model folder nor a name on the hub."""
     if not path:
         raise UserError("the name of a model is empty; give a model folder or a name of the hub")
+    if path == "tiny":
+        return
     if Path(path).is_dir():
+        require_no_adapters(path)
         return
     first, *rest = path.split("/")
     if not rest:
@@ -45,6 +48,17 @@ def require_folder(path):
     if starts_locally or len(rest) > 1:
         raise UserError(f"{path}: no such model folder; train one first, or name another")
     require_hub(path)
+
+
+def require_no_adapters(folder):
+    """Raises UserError where a folder holds adapters without a model."""
+    path = Path(folder)
+    if not (path / "adapter_config.json").exists() or (path / "config.json").exists():
+        return
+    whole = "merge them into their base first, with peft's merge_and_unload"
+    if (path.parent / "config.json").exists():
+        whole = f"take {path.parent}, which has them merged"
+    raise UserError(f"{folder}: these are LoRA adapters and not a whole model; {whole}")
 
 
 def require_hub(name):
@@ -104,7 +118,56 @@ def load_tokenizer(path):
         raise UserError(message) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no EOS token, so no answer could ever end")
+    require_vocabulary(path, tokenizer)
     return tokenizer
+
+
+def require_vocabulary(path, tokenizer):
+    """Raises UserError where a tokenizer gives token ids that its model does not know."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return  # there is no model; load_config says so
+    known = getattr(config, "vocab_size", None)
+    padding = tokenizer.pad_token_id
+    if padding == tokenizer.eos_token_id:
+        padding = None  # else it is never a part of a text
+    largest = max(i for i in tokenizer.get_vocab().values() if i != padding)
+    if known is not None and largest >= known:
+        message = (
+            f"{path}: its tokenizer has token ids up to {largest}, and the model only {known} "
+            "tokens; enlarge it with transformers' resize_token_embeddings, or take its own "
+            "tokenizer"
+        )
+        raise UserError(message)
+
+
+def comes_from_tiny(path):
+    """Whether a model was trained from `tiny`, as the run.json files of its ancestors tell."""
+    seen = set()
+    while path and path not in seen:
+        if path == "tiny":
+            return True
+        seen.add(path)
+        path = read_run_json(path).get("config", {}).get("model")
+    return False
+
+
+def warn_of_toy_lr(cfg, **usual):
+    """Prints a warning for each learning rate that is the default, which is the toy's, where the
+    model is a pretrained one. usual: what such a model takes, by the name of the field."""
+    if comes_from_tiny(cfg.model):
+        return
+    for name, lr in usual.items():
+        has_its_own = name != "critic_lr" and parse_lora(cfg.lora)["lr"]
+        if getattr(cfg, name) == getattr(type(cfg), name) and not has_its_own:
+            print0(
+                f"warning: {flag_of(name)} {getattr(cfg, name):g}, the default, is for models that "
+                f"are trained from scratch; for a pretrained one such as {cfg.model} about {lr} is "
+                "usual"
+            )
 
 
 def load_config(path):
@@ -286,7 +349,8 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = kernels.use_onednn_linears(lm)
         config = lm.config
-        names = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+        self.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+        names = ("logits_scaling", "logit_scale")
         extras = [name for name in names if getattr(config, name, None) not in (None, 1)]
         if lm.get_output_embeddings().bias is not None:
             extras.append("a bias")
@@ -315,6 +379,7 @@ class Policy(nn.Module):
             self.lm.get_output_embeddings().weight,
             tokens[rows, pos + 1],                                                 # (N,)
             temperature,
+            self.softcap,
         )
         zeros = torch.zeros(mask.shape, device=logprobs.device)
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
@@ -439,7 +504,7 @@ class LoRA(nn.Module):
         y = self.base(x)
         if not LoRA.enabled:
             return y
-        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        return kernels.add_product(y, F.linear(x, self.lora_A), self.lora_B, self.scale)
 
 
 @contextlib.contextmanager
@@ -612,7 +677,8 @@ def save_model(lm, tokenizer, out, template=None, **config_entries):
     """Writes a folder that `from_pretrained` loads with nothing of ours installed. All ranks call.
 
     lm: the transformers model; out: the folder; template: the run's --template, written as a chat
-    template where the tokenizer has none; config_entries: more entries for the model's config.
+    template, so that others prompt the model as it was trained; config_entries: more entries for
+    the model's config.
     Adapters are merged, and are also saved on their own in OUT/adapters, in PEFT's format.
     Raises UserError on every rank where a weight is not finite or the disk is full; nothing that
     was in the folder before has changed then.
@@ -657,7 +723,7 @@ def write_model(lm, tokenizer, out, template, state, adapters):
         new.mkdir(parents=True)
         lm.save_pretrained(new, state_dict=state)
         tokenizer.save_pretrained(new)
-        if template not in (None, "chat") and not has_own_chat_template(tokenizer):
+        if template not in (None, "chat"):
             (new / "chat_template.jinja").write_text(chat_template(template, tokenizer))
         if adapters:
             write_adapters(lm, adapters, new / "adapters")
@@ -734,15 +800,6 @@ def write_adapters(lm, adapters, folder):
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
 
-OUR_CHAT_TEMPLATE = "{# written from --template #}"
-
-
-def has_own_chat_template(tokenizer):
-    """Whether a tokenizer has a chat template that was not written by chat_template()."""
-    template = tokenizer.chat_template
-    return bool(template) and not str(template).startswith(OUR_CHAT_TEMPLATE)
-
-
 def chat_template(template, tokenizer):
     """--template as one line of jinja, which renders a conversation as data.render does: turns on
     lines of their own, and an answer behind its prompt."""
@@ -755,7 +812,7 @@ def chat_template(template, tokenizer):
     if tokenizer.bos_token_id in tokenizer("x")["input_ids"]:
         start = "{{ bos_token }}"  # the tokenizer puts it before a text, and not before a chat
     return (
-        OUR_CHAT_TEMPLATE + start + "{% for message in messages %}"
+        "{# written from --template #}" + start + "{% for message in messages %}"
         "{% if message['role'] == 'assistant' and not loop.first %}"
         f"{{{{ {json.dumps(separator)} ~ ({content}) }}}}"
         "{% else %}"

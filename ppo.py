@@ -19,7 +19,7 @@ After the rollout every rank holds the whole batch, which is small: token ids an
 token. So whitening and shuffling need no communication, and any number of ranks takes the same
 optimizer steps.
 """
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 import data
 import models
+import sources
 import tasks
 import training
 import utils
@@ -60,14 +61,16 @@ class Config:
     split: str = ""                # shares of the rows for steps 1, 2 and 3, such as 2,4,4;
     #   empty: all rows for each step
     held_out: float = 0.05         # share of the rows that is only evaluated on
-    template: str = "Human: {prompt}\nAssistant:"  # how a prompt is written; chat: the tokenizer's
-    #   own chat template
+    template: str = ""             # how prompts are written, such as "Q: {prompt}\nA:"; chat: the
+    #   tokenizer's chat template; empty: as --model was trained, else "Human: {prompt}\nAssistant:"
     max_len: int = 512             # rows with more tokens, prompt and answer, are left out
     # rollout
     max_new_tokens: int = 16       # longest answer
     temperature: float = 1.0       # of sampling; all log-probabilities include it
     engine: Literal["hybrid", "hf"] = "hybrid"  # what samples: ours or transformers.generate, which
     #   is slower and knows more models
+    respond: str = ""              # file.py:function, a tool or an environment that goes on with an
+    #   answer whenever it comes to EOS, with text that is not trained on
     tp: int = 1                    # ranks that share one copy of the model while they generate
     # PPO
     iterations: int = 32           # rollouts
@@ -94,9 +97,13 @@ class Config:
     ds_config: str = ""            # JSON file merged over the DeepSpeed settings in training.py
 
     def __post_init__(self):
-        counts = ("batch_size", "minibatches", "iterations", "ppo_epochs", "max_new_tokens", "tp")
-        utils.require_at_least(self, 1, *counts)
-        utils.require_at_least(self, 0, "micro_batch")
+        utils.check_values(self)
+        models.parse_lora(self.lora)
+        parse_reward(self.reward)
+        data.split_range(self.split, "ppo")
+        data.check_template(self.template)
+        sources.parse_sources(self.data)
+        sources.parse_columns(self.columns)
         if self.temperature <= 0:
             raise utils.UserError(
                 f"--temperature {self.temperature}: PPO learns from samples, so it must be above 0"
@@ -111,10 +118,6 @@ class Config:
                 "--model tiny: its weights are random, and PPO starts from a model that answers; "
                 "train one with sft.py first"
             )
-        if not self.reward:
-            raise utils.UserError("--reward is empty: name what scores the answers")
-        if not 0 <= self.ema < 1:
-            raise utils.UserError(f"--ema {self.ema}: a decay is at least 0 and below 1")
         if self.max_new_tokens >= self.max_len:
             raise utils.UserError(
                 f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in "
@@ -125,6 +128,20 @@ class Config:
                 "--ptx-data needs two forwards per backward, which DeepSpeed's ZeRO-3 cannot "
                 "recompute; take --zero 2, or leave out --gradient-checkpointing"
             )
+
+    def check_files(self):
+        """What can be said before anything is loaded, see utils.run."""
+        models.require_folder(self.model)
+        for source, _ in parse_reward(self.reward):
+            if tasks.is_function(source):
+                tasks.load_function(source)
+            else:
+                models.require_folder(source)
+        sources.check_sources(self.data)
+        if self.uses_mixture:
+            sources.check_sources(self.ptx_data, "--ptx-data")
+        utils.require_file("ds_config", self.ds_config)
+        models.warn_of_toy_lr(self, actor_lr="1e-6", critic_lr="5e-6")
 
     @property
     def uses_mixture(self):
@@ -299,10 +316,12 @@ def rollout(sampler, dataset, indices, seeds, cfg, tokenizer):
     Every rank answers its share of the prompts, then all ranks hold all answers, in the order of
     `indices`. Returns a Batch."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    prompts = [dataset.prompt(i) for i in indices[rank::world]]
+    mine = indices[rank::world]
+    prompts = [dataset.prompt(i) for i in mine]
     eos = tokenizer.eos_token_id
     out = sampler.generate(
-        prompts, cfg.max_new_tokens, cfg.temperature, eos_token_id=eos, seed=seeds[rank::world]
+        prompts, cfg.max_new_tokens, cfg.temperature, eos_token_id=eos, seed=seeds[rank::world],
+        respond=make_respond(cfg, dataset, mine, tokenizer),
     )
     sampler.release()  # the KV cache's memory is needed for training now
 
@@ -311,8 +330,7 @@ def rollout(sampler, dataset, indices, seeds, cfg, tokenizer):
     prompt_lens = utils.gather_rows(out.prompt_lens)                                # (B,)
     answer_lens = utils.gather_rows(out.answer_lens)                                # (B,)
     sample_logprobs = utils.gather_rows(out.logprobs)                               # (B, A)
-    position = torch.arange(sample_logprobs.size(1), device=tokens.device)
-    mask = position < answer_lens[:, None]                                          # (B, A)
+    mask = utils.gather_rows(out.sampled)                                           # (B, A)
     finished = models.last_token(tokens, prompt_lens + answer_lens) == eos          # (B,)
 
     prompt_texts, answer_texts = [], []
@@ -330,6 +348,25 @@ def rollout(sampler, dataset, indices, seeds, cfg, tokenizer):
         answers=answer_texts,
         row_fields=dataset.fields(indices),
     )
+
+
+def make_respond(cfg, dataset, indices, tokenizer):
+    """What the engine asks when an answer comes to EOS, see HybridEngine.generate; None without
+    --respond."""
+    if not cfg.respond:
+        return None
+    tool = tasks.load_tool(cfg.respond)
+    row_fields = dataset.fields(indices)
+
+    def respond(i, answer_ids):
+        prompt = tokenizer.decode(dataset.prompt(indices[i]), skip_special_tokens=True)
+        row = {"prompt": prompt}
+        for name, values in row_fields.items():
+            row[name] = values[i]
+        reply = tool(row, tokenizer.decode(answer_ids, skip_special_tokens=True))
+        return reply and tokenizer(reply, add_special_tokens=False)["input_ids"]
+
+    return respond
 
 
 # -----------------------------------------------------------------------------
@@ -664,8 +701,11 @@ def restore_normalization(scorers, state):
         scorer.mean, scorer.std = statistics
 
 
-def check_functions(scorers, dataset):
-    """Raises UserError for a reward function that needs a field which the rows do not have."""
+def check_functions(cfg, scorers, dataset):
+    """Raises UserError for a tool that is not there, and for a reward function that needs a field
+    which the rows do not have."""
+    if cfg.respond:
+        tasks.load_tool(cfg.respond)
     for scorer in scorers:
         if scorer.function:
             scorer.function.check_parameters(dataset.field_names())
@@ -814,11 +854,12 @@ def main(cfg):
     device = utils.init_distributed(cfg.seed)
     dtype = utils.dtype_of(cfg.dtype)
     reward_folders = [source for source, _ in parse_reward(cfg.reward)]
+    template = data.check_template(cfg.template, cfg.model, cfg.critic, *reward_folders)
+    cfg = replace(cfg, template=template)  # as run.json will have it
     training.claim_folder(cfg, cfg.model, cfg.critic, *reward_folders)
 
     # ---- models ----
     tokenizer = models.load_tokenizer(cfg.model)
-    template = data.check_template(cfg.template, cfg.model)
     actor = Policy(models.add_lora(models.load_lm(cfg.model, dtype), cfg.lora))
     vocab_size = actor.lm.config.vocab_size
     ref = None
@@ -833,7 +874,7 @@ def main(cfg):
     train, held_out = data.load(
         cfg.data, "ppo", cfg.split, cfg.held_out, template, tokenizer, max_prompt_len, cfg.columns
     )
-    check_functions(scorers, train)
+    check_functions(cfg, scorers, train)
     task = tasks.TASKS.get(cfg.data)
 
     # ---- engines ----

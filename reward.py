@@ -18,7 +18,7 @@ means the same for every reward model (Ziegler et al. 2019).
 The result is an AutoModelForSequenceClassification with one label. Its config holds score_offset
 and score_scale: score = (logit - score_offset) * score_scale.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 import data
 import models
+import sources
 import training
 import utils
 from models import RewardModel
@@ -49,8 +50,8 @@ class Config:
     split: str = ""                # shares of the rows for steps 1, 2 and 3, such as 2,4,4;
     #   empty: all rows for each step
     held_out: float = 0.05         # share of the rows that is only evaluated on
-    template: str = "Human: {prompt}\nAssistant:"  # how a prompt is written; chat: the tokenizer's
-    #   own chat template
+    template: str = ""             # how prompts are written, such as "Q: {prompt}\nA:"; chat: the
+    #   tokenizer's chat template; empty: as --model was trained, else "Human: {prompt}\nAssistant:"
     max_len: int = 512             # rows with more tokens, prompt and answer, are left out
     # training
     epochs: float = 1.5            # epochs over the data; InstructGPT takes 1: more overfits
@@ -68,8 +69,19 @@ class Config:
     ds_config: str = ""            # JSON file merged over the DeepSpeed settings in training.py
 
     def __post_init__(self):
-        utils.require_at_least(self, 1, "batch_size")
-        utils.require_at_least(self, 0, "micro_batch", "epochs")
+        utils.check_values(self)
+        models.parse_lora(self.lora)
+        data.split_range(self.split, "reward")
+        data.check_template(self.template)
+        sources.parse_sources(self.data)
+        sources.parse_columns(self.columns)
+
+    def check_files(self):
+        """What can be said before anything is loaded, see utils.run."""
+        models.require_folder(self.model)
+        sources.check_sources(self.data)
+        utils.require_file("ds_config", self.ds_config)
+        models.warn_of_toy_lr(self, lr="1e-5")
 
 
 EVAL_ROWS = 1024  # held-out pairs that are evaluated, at most
@@ -124,11 +136,12 @@ def score_pairs(engine, rows, indices, n_forwards, micro_batch, device):
 
 def main(cfg):
     device = utils.init_distributed(cfg.seed)
+    template = data.check_template(cfg.template, cfg.model)
+    cfg = replace(cfg, template=template)  # as run.json will have it
     training.claim_folder(cfg, cfg.model)
 
     # ---- model and data ----
     tokenizer = models.load_tokenizer(cfg.model)
-    template = data.check_template(cfg.template, cfg.model)
     model = RewardModel.from_lm(cfg.model, utils.dtype_of(cfg.dtype))
     models.add_lora(model.model, cfg.lora)
     max_len = min(cfg.max_len, models.context_length(model.model.config))

@@ -9,9 +9,11 @@ which fields a row can have. To add a format, write a converter of a few lines a
 """
 import csv
 import gzip
+import importlib
 import json
 import re
 import zlib
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -322,20 +324,9 @@ def hub_folder(source):
 
 def read_hub(source):
     """Rows of a folder in the hub's layout, or of a name on the hub: NAME, NAME:CONFIG:SPLIT."""
+    from datasets import load_dataset
     name, *rest = source.split(":")
-    if len(rest) > 2:
-        raise UserError(f"{source}: write NAME:CONFIGURATION:SPLIT for a data set on the hub")
     config, split = (rest + ["", ""])[:2]
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        known = ", ".join(tasks.TASKS)
-        what = f"neither a file nor a task ({known})"
-        if hub_folder(source).is_dir():
-            what = "a folder"
-        message = (f"{source}: is {what}; to read a folder or a name on the Hugging Face hub "
-                   "first `pip install datasets`")
-        raise UserError(message) from None
     try:
         rows = load_dataset(name, config or None, split=split or "train")
         for i, row in enumerate(rows, 1):
@@ -347,11 +338,28 @@ def read_hub(source):
         raise UserError(message) from None
 
 
-def read_parquet(source):
+def require_datasets(source):
     try:
-        import pyarrow.parquet as parquet
+        importlib.import_module("datasets")
+    except ImportError:
+        known = ", ".join(tasks.TASKS)
+        what = f"neither a file nor a task ({known})"
+        if hub_folder(source).is_dir():
+            what = "a folder"
+        message = (f"{source}: is {what}; to read a folder or a name on the Hugging Face hub "
+                   "first `pip install datasets`")
+        raise UserError(message) from None
+
+
+def require_pyarrow(source):
+    try:
+        importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise UserError(f"{source}: to read parquet first `pip install pyarrow`") from None
+
+
+def read_parquet(source):
+    import pyarrow.parquet as parquet
     try:
         i = 0
         for part in parquet.ParquetFile(source).iter_batches():
@@ -448,11 +456,10 @@ def read_text_file(source, kind):
         raise UserError(f"{source}: cannot be read ({e.strerror or e})") from None
 
 
-def read(source):
-    """Yields (where, row) of any source."""
+def find_reader(source):
+    """The function that reads a source. Raises UserError for what is wrong with it by its name."""
     if tasks.is_function(source):
-        yield from read_task_or_function(source)
-        return
+        return read_task_or_function
     path = Path(source)
     kind = Path(source.removesuffix(".gz")).suffix
     if not path.is_file():
@@ -460,19 +467,33 @@ def read(source):
         if looks_like_a_file or path.is_absolute() or source.count("/") > 1:
             if not hub_folder(source).is_dir():
                 raise UserError(f"{source}: no such file")
-        yield from read_hub(source)
-    elif source.endswith(".parquet"):
-        yield from read_parquet(source)
-    elif kind in TEXT_FILES:
-        yield from read_text_file(source, kind)
-    elif kind == ".py":
+        if source.count(":") > 2:
+            raise UserError(f"{source}: write NAME:CONFIGURATION:SPLIT for a data set on the hub")
+        require_datasets(source)
+        return read_hub
+    if source.endswith(".parquet"):
+        require_pyarrow(source)
+        return read_parquet
+    if kind in TEXT_FILES:
+        return partial(read_text_file, kind=kind)
+    if kind == ".py":
         raise UserError(f"{source}: write {source}:FUNCTION, a generator of rows")
-    else:
-        suffixes = "".join(path.suffixes)
-        known = " ".join(TEXT_FILES)
-        message = (f"{source}: unknown kind of file {suffixes!r}; known are {known}, these with "
-                   ".gz, and .parquet")
-        raise UserError(message)
+    suffixes = "".join(path.suffixes)
+    known = " ".join(TEXT_FILES)
+    message = (f"{source}: unknown kind of file {suffixes!r}; known are {known}, these with "
+               ".gz, and .parquet")
+    raise UserError(message)
+
+
+def read(source):
+    """Yields (where, row) of any source."""
+    yield from find_reader(source)(source)
+
+
+def check_sources(data, flag="--data"):
+    """Raises UserError for files that are not there and packages that are not installed."""
+    for source, _ in parse_sources(data, flag):
+        find_reader(source)
 
 
 def split_weight(text):

@@ -512,7 +512,7 @@ def dry_run_section(counts, path):
     lines = []
     for name, count in counts.items():
         triton = sum(count["triton"].values())
-        products = sum(n for op, n in count["torch"].items() if op in ("mm", "addmm"))
+        products = sum(count["torch"].get(op, 0) for op in ("mm", "addmm", "_addmm_activation"))
         rest = count["launches"] - triton - products
         numbers = (count["launches"], triton, products, rest)
         lines.append([name, *(f"{n}" for n in numbers)])

@@ -362,3 +362,43 @@ def shorten(value, limit=300):
         return text
     half = limit // 2
     return f"{text[:half]} ... {text[-half:]}"
+
+
+# -----------------------------------------------------------------------------
+# tools
+
+
+def load_tool(spec):
+    """The Tool that 'file.py:function' stands for."""
+    label = f"--respond {spec}"
+    function, path = import_function(spec, label)
+    return Tool(function, label, path)
+
+
+class Tool:
+    """A user's function that goes on with an answer whenever the policy has come to its EOS: a
+    tool or an environment. Its mistakes get a sentence."""
+
+    def __init__(self, function, label, path):
+        """label: how error messages begin. path: the user's file, whose lines they show."""
+        self.function = function
+        self.label = label
+        self.path = path
+
+    def __call__(self, row, text):
+        """The text that follows, or None at the end of the answer.
+
+        row: {"prompt": text, and the other fields of the row}. text: the answer so far.
+        """
+        where = row_text(row["prompt"], text)
+        try:
+            with folder_on_path(self.path.parent):
+                reply = self.function(copy.deepcopy(row), text)
+        except Exception as error:
+            message = f"{self.label}: raised {describe(error)} {where}"
+            raise UserError(message + user_lines(error, self.path)) from error
+        if reply is not None and not isinstance(reply, str):
+            message = (f"{self.label}: returned {shorten(reply)} {where}; it must return the text "
+                       "that follows, or None")
+            raise UserError(message)
+        return reply

@@ -321,9 +321,9 @@ def test_a_sampler_in_groups_gives_what_it_gives_at_once():
     eos = bench.eos_ids(bench.Case("ragged", 5, 40), V)
     prompts = bench.random_prompts(5, 6, V, torch.Generator().manual_seed(0))
     seeds = list(range(5))
-    at_once = bench.Sampler(engine, eos).generate(prompts, 40, 1.0, 0, seeds)
+    at_once = bench.Sampler(engine, eos).generate(prompts, 40, 1.0, 0, seeds, None)
     grouped = bench.Sampler(engine, eos, row_bytes=1, group=2)
-    grouped = grouped.generate(prompts, 40, 1.0, 0, seeds)
+    grouped = grouped.generate(prompts, 40, 1.0, 0, seeds, None)
     assert len(set(at_once.answer_lens.tolist())) > 1
     assert torch.equal(at_once.tokens, grouped.tokens)
     assert torch.equal(at_once.answer_lens, grouped.answer_lens)
@@ -334,13 +334,14 @@ def test_rollouts_are_joined_with_padding_on_the_right():
     two = torch.tensor([2])
     short_logprobs = torch.tensor([[-0.5]])
     long_logprobs = torch.tensor([[-0.1, -0.2]])
-    short = Rollout(torch.tensor([[5, 6]]), one, one, short_logprobs)
-    long = Rollout(torch.tensor([[5, 6, 7]]), one, two, long_logprobs)
+    short = Rollout(torch.tensor([[5, 6]]), one, one, short_logprobs, short_logprobs < 0)
+    long = Rollout(torch.tensor([[5, 6, 7]]), one, two, long_logprobs, long_logprobs < 0)
     joined = bench.join_rollouts([short, long])
     assert joined.tokens.tolist() == [[5, 6, 0], [5, 6, 7]]
     assert joined.answer_lens.tolist() == [1, 2]
     expected = torch.tensor([[-0.5, 0.0], [-0.1, -0.2]])
     assert torch.equal(joined.logprobs, expected)
+    assert torch.equal(joined.sampled, expected < 0)
 
 
 # -----------------------------------------------------------------------------

@@ -786,19 +786,36 @@ def test_no_input_is_checked_with_assert_which_python_o_leaves_out(module):
     assert not lines, f"{module.__name__}.py asserts in lines {lines}"
 
 
-def test_a_template_of_another_run_is_reported(tmp_path, capsys):
-    run = {"config": {"template": "Q: {prompt}\\nA:"}}
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    assert data.check_template("Q: {prompt}\nA:", str(tmp_path), "") == "Q: {prompt}\nA:"
-    assert not capsys.readouterr().out
-    data.check_template(TEMPLATE, str(tmp_path))
-    trained = "Q: {prompt}\nA:"
-    assert f"was trained with --template {trained!r}" in capsys.readouterr().out
-    (tmp_path / "run.json").write_text("{")
-    assert data.check_template(TEMPLATE, str(tmp_path)) == TEMPLATE
-    assert "run.json is damaged" in capsys.readouterr().out
+def test_the_template_is_the_given_one_or_that_of_the_model_or_the_default(tmp_path, capsys):
+    sft, reward, hub = [str(tmp_path / name) for name in ("sft", "reward", "hub")]
+    for folder, template in ((sft, "Q: {prompt}\\nA:"), (reward, "{prompt} =")):
+        Path(folder, "ema").mkdir(parents=True)
+        write_rows(Path(folder, "run.json"), [{"config": {"template": template}}])
+    assert data.check_template("", "", hub) == data.DEFAULT_TEMPLATE == TEMPLATE
+    assert data.check_template("", sft, "", hub) == "Q: {prompt}\nA:"
+    assert data.check_template("", hub, reward) == "{prompt} ="
+    assert data.check_template("", f"{sft}/ema") == "Q: {prompt}\nA:"
+    assert data.check_template("Q: {prompt}\\nA:", sft) == "Q: {prompt}\nA:"
+    said = capsys.readouterr()
+    assert not said.out + said.err
+    assert data.check_template("", sft, reward) == "Q: {prompt}\nA:"
+    assert data.check_template(TEMPLATE, sft) == TEMPLATE
+    said = capsys.readouterr()
+    lines = (said.out + said.err).splitlines()
+    assert lines == [
+        f"warning: {reward} was trained with --template '{{prompt}} =', and here it is "
+        "'Q: {prompt}\\nA:'",
+        f"warning: {sft} was trained with --template 'Q: {{prompt}}\\nA:', and here it is "
+        f"{TEMPLATE!r}"]
     with pytest.raises(utils.UserError, match="has no {prompt} in it"):
         data.check_template("Human:")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"config": 1}', "{}"])
+def test_a_run_json_that_does_not_say_the_template_is_an_error(text, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(utils.UserError, match="run.json is damaged, so nobody knows how"):
+        data.check_template("", str(tmp_path))
 
 
 # -----------------------------------------------------------------------------

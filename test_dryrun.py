@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+import models
 from hybrid_engine import HybridEngine
 
 CUDA = torch.device("cuda:0")
@@ -58,8 +59,16 @@ class Launches(TorchDispatchMode):
 
 def index(x, key):
     """x[key] by operations of its own: PyTorch's indexing of a CUDA tensor asks for a driver, in a
-    build without CUDA. Returns a view and the tensors that index it, if any."""
+    build without CUDA. Returns a view and the tensors that index it, if any. A mask is taken to be
+    true everywhere: how many elements it has is no question to a fake tensor."""
     keys = key if isinstance(key, tuple) else (key,)
+    if isinstance(key, torch.Tensor) and key.dtype == torch.bool:
+        assert key.shape == x.shape
+        return torch.ops.aten.reshape.default(x, [-1]), []
+    if Ellipsis in keys:
+        at = keys.index(Ellipsis)
+        others = sum(k is not None for k in keys) - 1
+        keys = keys[:at] + (slice(None),) * (x.dim() - others) + keys[at + 1 :]
     tensors = [None] * len(keys)
     dim = 0
     for k in keys:
@@ -135,13 +144,17 @@ def dry_run(monkeypatch):
         yield launches
 
 
-def fake_lm(config, dtype=torch.bfloat16):
-    """A model on fake memory of cuda:0. It is made on the CPU, because initializing needs a GPU."""
+def fake_lm(config):
     from transformers import AutoModelForCausalLM
 
-    lm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return fake_model(AutoModelForCausalLM, config)
+
+
+def fake_model(auto_class, config):
+    """A model on fake memory of cuda:0. It is made on the CPU, because initializing needs a GPU."""
+    model = auto_class.from_config(config, dtype=torch.bfloat16).eval()
     on_gpu = {}
-    for module in lm.modules():
+    for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
                 fake = torch.empty(p.shape, dtype=p.dtype, device=CUDA)
@@ -150,7 +163,7 @@ def fake_lm(config, dtype=torch.bfloat16):
         for name, b in module._buffers.items():
             if b is not None:
                 module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device=CUDA)
-    return lm
+    return model
 
 
 def ready_engine(lm, rows, capacity, eos=(5,)):
@@ -202,6 +215,34 @@ def test_prefill_mixes_no_devices(kind, monkeypatch):
     assert launches.triton["prefill_kernel"] == tiny_config(kind).num_hidden_layers
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_scoring_mixes_no_devices(kind, monkeypatch):
+    """Policy and RewardModel. Where the answers are is the one question that the host waits for."""
+    from transformers import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification)
+
+    def every_token(prompt_lens, answer_lens):
+        positions = torch.zeros(2, 4, dtype=torch.long, device=CUDA)
+        return positions, torch.ones(2, 4, dtype=torch.bool, device=CUDA)
+
+    monkeypatch.setattr(models, "answer_positions", every_token)
+    with dry_run(monkeypatch) as launches, torch.no_grad():
+        lm = fake_lm(tiny_config(kind))
+        tokens = torch.zeros(2, 9, dtype=torch.long, device=CUDA)
+        lens = torch.zeros(2, dtype=torch.long, device=CUDA)
+        logprobs, entropy = models.Policy(lm)(tokens, lens, lens)
+        assert logprobs.shape == entropy.shape == (2, 4)
+        assert logprobs.dtype == entropy.dtype == torch.float32
+        if type(lm.config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            config = tiny_config(kind, num_labels=1)
+            model = fake_model(AutoModelForSequenceClassification, config)
+            values = models.RewardModel(model).values(tokens)
+            assert values.shape == (2, 9)
+            assert values.dtype == torch.float32
+    assert launches.triton["logit_stats_kernel"] == 1
+    assert not launches.between_devices
+
+
 class Context:
     """What autograd hands to a Function. Its own engine needs a driver for CUDA tensors."""
 
@@ -212,15 +253,17 @@ class Context:
         self.saved_tensors = tensors
 
 
-def test_log_probabilities_of_given_tokens_mix_no_devices(monkeypatch):
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_log_probabilities_of_given_tokens_mix_no_devices(softcap, monkeypatch):
     """With a frozen output layer: the gradient of its weight is added in place by an operation
     that needs a driver."""
     with dry_run(monkeypatch) as launches, torch.no_grad():
         hidden = torch.empty(30, 64, dtype=torch.bfloat16, device=CUDA)
         weight = torch.empty(97, 64, dtype=torch.bfloat16, device=CUDA)
         targets = torch.zeros(30, dtype=torch.long, device=CUDA)
-        context = Context((True, False, False, False))
-        logprobs, entropy = kernels.TokenLogprobs.forward(context, hidden, weight, targets, 0.7)
+        context = Context((True, False, False, False, False))
+        args = (hidden, weight, targets, 0.7, softcap)
+        logprobs, entropy = kernels.TokenLogprobs.forward(context, *args)
         assert logprobs.dtype == entropy.dtype == torch.float32
         gradients = kernels.TokenLogprobs.backward(context, logprobs, entropy)
         assert gradients[0].dtype == torch.bfloat16

@@ -131,6 +131,98 @@ def test_the_engine_reads_every_weight_by_reference(kind):
     assert read == sum(p.numel() for p in lm.parameters()), f"{kind}: and reads all of them"
 
 
+SEVERAL_PROJECTIONS = ["llama", "qwen2", "smollm3", "olmo2", "gemma2", "opt", "opt-350m"]
+
+
+@pytest.mark.parametrize("kind", [*SEVERAL_PROJECTIONS, "phi3", "gpt2", "bloom"])
+@pytest.mark.parametrize("lora", ["", " lora"])
+def test_one_product_computes_the_projections_of_one_input(kind, lora, monkeypatch):
+    lm = model_of(kind + lora)
+    engine = HybridEngine(lm)
+    weights = weights_of(lm)
+    before = {name: p.data_ptr() for name, p in lm.named_parameters()}
+    want = engine.generate(ragged((3,)), 2, temperature=0)
+    assert torch.equal(weights_of(lm), weights)
+    moved = {name for name, p in lm.named_parameters() if p.data_ptr() != before[name]}
+    assert bool(moved) == (kind in SEVERAL_PROJECTIONS)
+
+    products = []
+
+    def counted(function):
+        def counting(x, weight, *more):
+            products.append(tuple(weight.shape))
+            return function(x, weight, *more)
+        return counting
+
+    monkeypatch.setattr(kernels, "linear", counted(kernels.linear))
+    monkeypatch.setattr(kernels, "linear_activation", counted(kernels.linear_activation))
+    got = engine.generate(ragged((3,)), 2, temperature=0)  # a prefill and a step
+    assert torch.equal(got.tokens, want.tokens)
+    base = [shape for shape in products if 4 not in shape]  # without the adapters of rank 4
+    layers = lm.config.num_hidden_layers
+    ends = 3 if kind == "opt-350m" else 1
+    assert len(base) == 2 * (4 * layers + ends), "q, k, v; out; gate and up; down; and the head"
+    for name, p in lm.named_parameters():
+        if name in moved:
+            p.data = p.data.clone()  # as module.to(device) does
+    again = engine.generate(ragged((3,)), 2, temperature=0)
+    assert torch.equal(again.tokens, want.tokens), "weights that have moved are put together again"
+    assert all(layer.qkv.joint is not None for layer in engine.decoder.layers)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "opt"])
+@pytest.mark.parametrize("dtype, zero", [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 0)])
+def test_the_projections_of_a_deepspeed_engine_are_neighbours_too(kind, dtype, zero):
+    utils.init_distributed(0)
+    lm = models.cast(model_of(kind), utils.dtype_of(dtype))
+    trained = training.train_engine(
+        models.Policy(lm), 1e-2, 2, 1, sft.Config(zero=zero, dtype=dtype))
+    generator = HybridEngine(trained)
+    attention = [m for m in lm.modules() if hasattr(m, "q_proj")]
+    for _ in range(2):
+        generator.generate(ragged((3, 9)), 4)
+        for layer, module in zip(generator.decoder.layers, attention, strict=True):
+            weights = layer.qkv.joint.weight.split(layer.qkv.widths)
+            biases = layer.qkv.joint.bias.split(layer.qkv.widths)
+            linears = (module.q_proj, module.k_proj, module.v_proj)
+            for place, linear in zip(layer.qkv.places, linears, strict=True):
+                assert weights[place].data_ptr() == linear.weight.data_ptr()
+                assert biases[place].data_ptr() == linear.bias.data_ptr()
+        ids = torch.tensor(ragged((6,)))
+        logprobs, _ = trained(ids, torch.tensor([2]), torch.tensor([4]))
+        trained.backward(-logprobs.mean())
+        training.step(trained)
+
+
+def test_neighbours_train_and_are_saved_as_before(tmp_path):
+    """Bit for bit, whether the engine has put the weights together or not."""
+    ids = torch.tensor(ragged((9, 9)))
+
+    def trained(generate):
+        lm = model_of("qwen2")
+        optimizer = torch.optim.AdamW(lm.parameters(), lr=0.02)
+        for _ in range(3):
+            if generate:
+                HybridEngine(lm).generate(ragged((3,)), 2)
+            optimizer.zero_grad()
+            lm(ids, labels=ids).loss.backward()
+            optimizer.step()
+        return lm
+
+    lm = trained(generate=True)
+    assert lm.model.layers[0].self_attn.q_proj.weight.untyped_storage().nbytes() > 4 * 64 * 64
+    assert torch.equal(weights_of(lm), weights_of(trained(generate=False)))
+    lm.save_pretrained(tmp_path / "folder")
+    loaded = models.load_lm(str(tmp_path / "folder"), torch.float32)
+    assert torch.equal(weights_of(loaded), weights_of(lm))
+    torch.save(lm.state_dict(), tmp_path / "state.pt")
+    other = model_of("qwen2", seed=1)
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(weights_of(other), weights_of(lm))
+    size = (tmp_path / "state.pt").stat().st_size
+    assert size < 4 * len(weights_of(lm)) + 20_000, "no weight is in the file twice"
+
+
 def test_a_hundred_rollouts_leave_the_weights_and_a_release_leaves_the_memory_as_it_was():
     lm = model_of("llama")
     weights = weights_of(lm)
@@ -288,6 +380,82 @@ def test_logprobs_of_sampled_tokens_are_those_of_the_tempered_policy():
 
 
 # -----------------------------------------------------------------------------
+# tools between turns
+
+MANY_EOS = list(range(0, 97, 12))  # so that turns are short
+
+
+class CountingTool:
+    """Answers the first two turns of every row with some tokens, and then no more."""
+
+    def __init__(self):
+        self.answers = {}  # row -> the answers it was asked about
+
+    def __call__(self, row, answer):
+        asked = self.answers.setdefault(row, [])
+        asked.append(answer)
+        if len(asked) <= 2:
+            return [20 + row, 31, 32][: 1 + row % 3]
+
+
+def one_turn_after_the_other(engine, prompt, row, seed, max_new_tokens):
+    """The textbook version: a call for each turn, whose prompt is all that came before. Returns
+    the row, and which of its answer tokens the model has sampled."""
+    tool = CountingTool()
+    tokens = list(prompt)
+    sampled = []
+    room = max_new_tokens
+    while room > 0:
+        out = engine.generate([tokens], room, eos_token_id=MANY_EOS, seed=[seed])
+        turn = rows_of(out)[0][len(tokens) :]
+        tokens += turn
+        sampled += [True] * len(turn)
+        room -= len(turn)
+        if turn[-1] not in MANY_EOS or room == 0:
+            break
+        reply = tool(row, tokens[len(prompt) :])
+        if reply is None:
+            break
+        reply = reply[:room]
+        tokens += reply
+        sampled += [False] * len(reply)
+        room -= len(reply)
+    return tokens, sampled
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_a_tool_goes_on_with_an_answer_as_if_its_words_had_been_in_the_prompt(kind):
+    lm = model_of(kind)
+    prompts = ragged((3, 9, 30, 1, 5, 5, 17, 2, 8))
+    seeds = list(range(50, 59))
+    engine = HybridEngine(lm, max_batch=4)  # several waves, and rows that move
+    tool = CountingTool()
+    out = engine.generate(prompts, 26, eos_token_id=MANY_EOS, seed=seeds, respond=tool)
+    got = rows_of(out)
+    full = 0
+    for row, prompt in enumerate(prompts):
+        want, sampled = one_turn_after_the_other(HybridEngine(lm), prompt, row, seeds[row], 26)
+        assert got[row] == want, f"row {row}"
+        n = len(sampled)
+        assert out.sampled[row, :n].tolist() == sampled
+        assert not out.sampled[row, n:].any()
+        textbook = plain_logprobs(lm, got[row], len(prompt))
+        close(out.logprobs[row, :n], textbook * torch.tensor(sampled))
+        full += n == 26
+    turns = [len(answers) for answers in tool.answers.values()]
+    assert set(turns) >= {2, 3} and full, "some rows have three turns, and some no room for them"
+
+
+def test_without_a_tool_all_of_an_answer_is_sampled():
+    for engine in (HybridEngine(model_of("llama")), HFEngine(model_of("llama"))):
+        out = engine.generate(ragged((3, 9, 4)), 12, eos_token_id=MANY_EOS, seed=3)
+        lengths = torch.arange(out.sampled.size(1)) < out.answer_lens[:, None]
+        assert torch.equal(out.sampled, lengths)
+    with pytest.raises(utils.UserError, match="a tool between turns needs --engine hybrid"):
+        engine.generate([[1]], 4, respond=CountingTool())
+
+
+# -----------------------------------------------------------------------------
 # mistakes
 
 
@@ -299,6 +467,13 @@ def test_a_model_type_that_is_not_in_the_table_is_refused():
     falcon = AutoModelForCausalLM.from_config(config)
     with pytest.raises(utils.UserError, match="'falcon'.*--engine hf"):
         HybridEngine(falcon)
+
+
+def test_an_activation_that_the_config_does_not_name_is_refused():
+    lm = model_of("llama")
+    lm.config.hidden_act = ""
+    with pytest.raises(utils.UserError, match="an activation that the config does not name.*hf"):
+        HybridEngine(lm)
 
 
 @pytest.mark.parametrize("kind, rope_type, parameters", [
@@ -529,6 +704,8 @@ def test_the_triton_kernels_take_the_tensors_of_the_engine(kind, graphs_on_a_cpu
     want = HybridEngine(lm).generate(prompts, 3, seed=3)
     for name in ("prefill_attention", "decode_attention", "rope_and_cache", "add_norm"):
         monkeypatch.setattr(kernels, name, getattr(kernels, name + "_triton"))
+    monkeypatch.setattr(kernels, "sample_next", lambda logits, slots, rows, eos, *_: (
+        kernels.sample_next_triton(logits, slots, rows, eos, 1.0)))
     monkeypatch.setitem(hybrid_engine.STEPS_PER_SYNC, "cpu", 2)
     got = with_graphs(lm).generate(prompts, 3, seed=3)
     assert rows_of(got) == rows_of(want)
@@ -597,7 +774,7 @@ def test_gpu_two_engines_replay_graphs_in_turn_and_one_may_go():
 # Between two ranks; "lora": with adapters.
 TP_KINDS = (
     "llama", "llama lora", "qwen3", "smollm3", "olmo2", "olmo2 lora", "phi3", "phi3 lora",
-    "opt", "opt-350m", "gpt2", "gpt2 lora", "gpt_neox", "bloom",
+    "gemma2", "opt", "opt-350m", "gpt2", "gpt2 lora", "gpt_neox", "bloom",
 )
 
 
@@ -640,10 +817,14 @@ def _tensor_parallel(kinds):
             mine = prompts[rank::2]
             got = engine.generate(mine, 12, temperature=temperature, seed=seeds)
             out[kind, temperature] = rows_of(got), got.logprobs
+    tool = CountingTool()
+    got = engine.generate(mine, 20, eos_token_id=MANY_EOS, seed=seeds, respond=tool)
+    out["tool"] = rows_of(got), tool.answers
     counter.calls.clear()
     engine.generate(prompts[:1], 6, temperature=0)
     out["collectives"] = list(counter.calls)
     out["layers"] = engine.decoder.num_layers
+    out["joint"] = [layer.qkv.joint is not None for layer in engine.decoder.layers]
     return out
 
 
@@ -658,7 +839,17 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one_process():
                 rows, logprobs = results[rank][kind, temperature]
                 assert rows == rows_of(want)[rank::2], f"{kind}, tp=2, rank {rank}"
                 close(logprobs, want.logprobs[rank::2])
+    engine = HybridEngine(model_of(TP_KINDS[-1]))
+    for rank, result in enumerate(results):
+        rows, answers = result["tool"]
+        assert answers and set(answers) <= {0, 1}, "each rank asks for its own prompts"
+        tool = CountingTool()
+        want = engine.generate(
+            prompts[rank::2], 20, eos_token_id=MANY_EOS, seed=[10, 11, 12, 13][rank::2],
+            respond=tool)
+        assert (rows, answers) == (rows_of(want), tool.answers)
     for result in results:
+        assert all(result["joint"])
         forwards = 6  # a prefill, which samples the first token, and five steps
         want = 2 * result["layers"] * forwards + 1
         assert result["collectives"].count("all_reduce") == want, (

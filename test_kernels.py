@@ -121,6 +121,45 @@ def test_linear_and_its_gradients_are_those_of_autograd(shape, out, bias, frozen
         assert_close(got, want, torch.float32, "linear")
 
 
+@pytest.mark.parametrize(
+    "device, dtype",
+    [
+        pytest.param("cpu", torch.float32, id="cpu"),
+        pytest.param("cuda", torch.float32, marks=NO_GPU, id="gpu-fp32"),
+        pytest.param("cuda", torch.bfloat16, marks=NO_GPU, id="gpu-bf16"),
+    ],
+)
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_product_with_an_activation(device, dtype, activation, bias, rows):
+    x = draw(rows, 16, dtype=dtype)
+    weight = draw(32, 16, dtype=dtype, seed=1)
+    b = draw(32, dtype=dtype, seed=2) if bias else None
+    z = x @ weight.T + (b if bias else 0)
+    want = {
+        "relu": z.clamp(min=0),
+        "silu": z / (1 + (-z).exp()),
+        "gelu": z * (1 + (z / 2**0.5).erf()) / 2,
+        "gelu_tanh": z * (1 + ((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)).tanh()) / 2,
+    }
+    args = [cast(a, device, dtype) for a in (x, weight, b)]
+    got = kernels.linear_activation(*args, activation)
+    assert_close(got, want[activation], dtype, activation)
+
+
+def test_a_scaled_product_is_added_with_its_gradients():
+    y, x, weight = draw(3, 2, 5), draw(3, 2, 4, seed=1), draw(5, 4, seed=2)
+    leaves = [a.requires_grad_() for a in (y, x, weight)]
+    want = y + 0.5 * (x @ weight.T)
+    got = kernels.add_product(y, x, weight, 0.5)
+    assert_close(got, want, torch.float64, "sum")
+    g = draw(3, 2, 5, seed=3)
+    gradients = torch.autograd.grad(got, leaves, g)
+    for a, b in zip(gradients, torch.autograd.grad(want, leaves, g)):
+        assert_close(a, b, torch.float64, "gradient")
+
+
 # -----------------------------------------------------------------------------
 # attention
 
@@ -416,9 +455,9 @@ def test_a_cache_beyond_32_bits_is_addressed_right():
 
 @on_every_device
 @pytest.mark.parametrize("E", [1, 100, 1024])
-@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("rms, offset", [(False, 0.0), (True, 0.0), (True, 1.0)])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_add_norm_adds_and_norms(device, dtype, E, rms, with_residual):
+def test_add_norm_adds_and_norms(device, dtype, E, rms, offset, with_residual):
     x, residual = draw(2, 2, 3, E, dtype=dtype)
     weight, bias = draw(2, E, dtype=dtype, seed=1)
     if E > 1:
@@ -430,32 +469,61 @@ def test_add_norm_adds_and_norms(device, dtype, E, rms, with_residual):
         total = (x + residual).to(dtype).double()
     if rms:
         bias = None
-        want = total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+        want = total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (offset + weight)
     else:
         y = total - total.mean(-1, keepdim=True)
         want = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
     if dtype == torch.float32:  # PyTorch's norms round the sum to the other dtypes in between
         args = [cast(a, "cpu", dtype) for a in (x, residual, weight, bias)]
-        normed, got = kernels.add_norm(*args, 1e-5, rms)
+        normed, got = kernels.add_norm(*args, 1e-5, rms, offset)
         assert_close(normed, want, dtype, "norm in PyTorch")
         assert_close(got, total, dtype, "sum in PyTorch")
     args = [cast(a, device, dtype) for a in (x, residual, weight, bias)]
-    normed, got = kernels.add_norm_triton(*args, 1e-5, rms)
+    normed, got = kernels.add_norm_triton(*args, 1e-5, rms, offset)
     assert_close(got, total, dtype, "sum in Triton")
-    assert_close(normed, want, dtype, f"norm in Triton, rms {rms}")
+    assert_close(normed, want, dtype, f"norm in Triton, rms {rms}, offset {offset}")
+
+
+@on_every_device
+def test_a_norm_of_heads_that_are_slices_of_a_joint_projection(device, dtype):
+    qkv = draw(4, 9, 16, dtype=dtype)
+    weight = draw(16, dtype=dtype, seed=1)
+    for heads in (slice(0, 6), slice(6, 8)):
+        x = qkv[:, heads]
+        want = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+        part = cast(qkv, device, dtype)[:, heads]
+        normed, _ = kernels.add_norm_triton(part, None, weight.to(device, dtype), None, 1e-5, True)
+        assert_close(normed, want, dtype, f"norm of heads {heads}")
 
 
 # -----------------------------------------------------------------------------
 # sampling
 
 
+def new_rows(B, device="cpu", length=3):
+    """Rows of this length in slots of twice as many, whose slots are not in order: slots, rows."""
+    slots = torch.arange(B - 1, -1, -1, device=device)
+    rows = kernels.Rows(
+        tokens=torch.full((B, 2 * length), 7, device=device),
+        logprobs=torch.full((B, 2 * length), 8.0, device=device),
+        lengths=torch.full((B,), length, device=device),
+        max_lengths=torch.full((B,), 2 * length, device=device),
+        keys=torch.arange(B, device=device) * 2_000_003 + 2**31,
+        done=torch.zeros(B, dtype=torch.bool, device=device),
+    )
+    return slots, rows
+
+
+NO_EOS = torch.tensor([], dtype=torch.long)
+
+
 @pytest.mark.parametrize(
     "name, device, n",
     [
-        pytest.param("sample", "cpu", 2000, id="pytorch"),
-        pytest.param("sample_triton", "cpu", 600, id="interpreter", marks=NO_INTERPRETER),
-        pytest.param("sample_triton", "cuda", 20000, id="gpu", marks=NO_GPU),
+        pytest.param("sample_next", "cpu", 2000, id="pytorch"),
+        pytest.param("sample_next_triton", "cpu", 600, id="interpreter", marks=NO_INTERPRETER),
+        pytest.param("sample_next_triton", "cuda", 20000, id="gpu", marks=NO_GPU),
     ],
 )
 def test_sampled_frequencies_are_the_probabilities(name, device, n):
@@ -463,9 +531,10 @@ def test_sampled_frequencies_are_the_probabilities(name, device, n):
     logits = torch.full((9000,), float("-inf"))
     likely = [0, 1, 4095, 4096, 8999, 5000]
     logits[likely] = torch.tensor([0.0, 1.0, 0.5, 1.5, -0.5, 0.3])
-    u = kernels.uniform(torch.arange(n), torch.full((n,), 3))
+    slots, rows = new_rows(n, device)
     sample = getattr(kernels, name)
-    tokens, _ = sample(logits.expand(n, -1).to(device), u.to(device), 0.7)
+    sample(logits.expand(n, -1).to(device), slots, rows, NO_EOS.to(device), 0.7)
+    tokens = rows.tokens[:, 3]
     p = (logits.double() / 0.7).softmax(0)
     count = tokens.cpu().bincount(minlength=9000).double()
     assert count[p == 0].sum() == 0, f"{name} drew a token of probability 0"
@@ -509,29 +578,79 @@ def test_uniform_numbers_depend_on_row_and_position_alone():
     ],
 )
 def test_the_kernel_draws_the_tokens_that_pytorch_draws(device, dtype, V, temperature):
-    u = torch.linspace(2**-25, 1 - 2**-24, 16, dtype=torch.float32)
+    """With the same random numbers, of the same keys and lengths."""
     logits = (3 * draw(16, V, dtype=dtype)).to(dtype).double()
     logits[3] = 0.0  # ties: the first token
     logits[5, : V - 1] = float("-inf")  # one token left, behind blocks of nothing
-    want, _ = kernels.sample(logits, u, temperature)
+    slots, want = new_rows(16)
+    kernels.sample_next(logits, slots, want, NO_EOS, temperature)
 
     padded = torch.cat([logits, logits + 9], 1).to(device, dtype)
-    rows = padded[:, :V]  # rows that are not next to each other in memory
+    strided = padded[:, :V]  # rows that are not next to each other in memory
     greedy = temperature == 0
     divisor = 1.0 if greedy else temperature
-    tokens, logprobs = kernels.sample_triton(rows, u.to(device), divisor, greedy)
-    tokens = tokens.cpu()
+    slots, got = new_rows(16, device)
+    kernels.sample_next_triton(strided, slots, got, NO_EOS.to(device), divisor, greedy)
+    slots = slots.cpu()
+    tokens = got.tokens.cpu()[slots, 3]
+    want_tokens = want.tokens[slots, 3]
     log_p = (logits / divisor).log_softmax(-1)                          # (16, V)
-    if greedy:
-        same = tokens == want
-    else:  # rounding may decide differently where u meets the boundary of two tokens
+    same = tokens == want_tokens
+    if not greedy:  # rounding may decide differently where u meets the boundary of two tokens
+        u = kernels.uniform(want.keys[slots], torch.full((16,), 3))
         cdf = log_p.exp().cumsum(-1)                                    # (16, V)
-        first = torch.minimum(tokens, want)
+        first = torch.minimum(tokens, want_tokens)
         boundary = cdf.gather(1, first[:, None])[:, 0]
-        same = (tokens == want) | ((boundary - u).abs() < 1e-5)
-    assert same.all(), f"tokens {tokens.tolist()} instead of {want.tolist()}"
+        same |= (boundary - u).abs() < 1e-5
+    assert same.all(), f"tokens {tokens.tolist()} instead of {want_tokens.tolist()}"
     want_logprobs = log_p.gather(1, tokens[:, None])[:, 0]
+    logprobs = got.logprobs.cpu()[slots, 3]
     assert_close(logprobs, want_logprobs, torch.float32, "log-probability of the sampled token")
+
+
+@pytest.mark.parametrize(
+    "name, device",
+    [
+        pytest.param("sample_next", "cpu", id="pytorch"),
+        pytest.param("sample_next_triton", "cpu", id="interpreter", marks=NO_INTERPRETER),
+        pytest.param("sample_next_triton", "cuda", id="gpu", marks=NO_GPU),
+    ],
+)
+def test_a_sampled_token_is_appended_and_may_end_its_row(name, device):
+    """Row by row: it goes on, ends with an EOS, ends at its greatest length, has ended before."""
+    logits = torch.full((4, 5000), -50.0)
+    certain = torch.tensor([11, 4999, 13, 14])
+    logits[range(4), certain] = 50.0
+    _, rows = new_rows(6, device)
+    slots = torch.tensor([4, 1, 5, 0], device=device)  # of these rows; nobody has slots 2 and 3
+    rows.max_lengths[5] = 4
+    rows.done[0] = True
+    eos = torch.tensor([2, 4999, 14, 77], device=device)
+    before = [x.cpu().clone() for x in rows]
+    getattr(kernels, name)(logits.to(device), slots, rows, eos, 1.0)
+    tokens, logprobs, lengths, max_lengths, keys, done = before
+    tokens[[4, 1, 5], 3] = certain[:3]
+    logprobs[[4, 1, 5], 3] = 0.0
+    lengths[[4, 1, 5]] = 4
+    done[[1, 5]] = True
+    for field, got, want in zip(rows._fields, rows, before):
+        assert_close(got, want, torch.float32, field)
+
+
+def test_launchers_refuse_indices_that_kernels_would_misread():
+    slots, rows = new_rows(4)
+    logits = torch.zeros(4, 9)
+    with pytest.raises(AssertionError, match="slots must be contiguous int64, and is torch.int32"):
+        kernels.sample_next_triton(logits, slots.int(), rows, NO_EOS, 1.0)
+    every_other = torch.arange(8)[::2]
+    q = torch.zeros(4, 1, 16)
+    cache = torch.zeros(4, 1, 8, 16)
+    with pytest.raises(AssertionError, match=r"lengths must be contiguous int64.* \(2,\)"):
+        kernels.decode_attention_triton(q, cache, cache, every_other, AttentionSpec(0.1))
+    with pytest.raises(AssertionError, match="positions must be contiguous int64"):
+        kernels.rope_and_cache_triton(q, q, q, cache, cache, slots, every_other)
+    with pytest.raises(AssertionError, match="targets must be contiguous int64"):
+        kernels.logit_stats_triton(logits, every_other, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -567,21 +686,24 @@ def make_logprobs_case(N, E, V, dtype):
     return hidden, weight, targets, draw(N, seed=3), draw(N, seed=4)
 
 
-def logprobs_of_autograd(hidden, weight, targets, g, g_entropy, temperature):
+def logprobs_of_autograd(hidden, weight, targets, g, g_entropy, temperature, softcap=0.0):
     """Log-probabilities, entropies, and the gradients of hidden and weight, in float64."""
     hidden = hidden.clone().requires_grad_()
     weight = weight.clone().requires_grad_()
-    log_p = (hidden @ weight.T / temperature).log_softmax(-1)
+    logits = hidden @ weight.T
+    if softcap:
+        logits = softcap * (logits / softcap).tanh()
+    log_p = (logits / temperature).log_softmax(-1)
     logprobs = log_p.gather(1, targets[:, None])[:, 0]
     entropy = -(log_p.exp() * log_p).sum(-1)
     loss = (logprobs * g).sum() + (entropy * g_entropy).sum()
     return logprobs, entropy, *torch.autograd.grad(loss, (hidden, weight))
 
 
-def logprobs_of_kernels(hidden, weight, targets, g, g_entropy, temperature):
+def logprobs_of_kernels(hidden, weight, targets, g, g_entropy, *options):
     """The same of kernels.py. hidden and weight require gradients."""
     device = hidden.device
-    logprobs, entropy = kernels.token_logprobs(hidden, weight, targets.to(device), temperature)
+    logprobs, entropy = kernels.token_logprobs(hidden, weight, targets.to(device), *options)
     g = g.to(device)
     g_entropy = g_entropy.to(device)
     loss = (logprobs * g).sum() + (entropy * g_entropy).sum()
@@ -606,30 +728,31 @@ NAMES = ("logprobs", "entropy", "gradient of hidden", "gradient of weight")
     ],
 )
 @pytest.mark.parametrize(
-    "N, E, V, temperature",
+    "N, E, V, temperature, softcap",
     [
-        (7, 5, 11, 1.0),
-        (5, 8, 5003, 0.7),
-        (0, 3, 4, 1.0),
-        (1, 3, 1, 1.0),
+        (7, 5, 11, 1.0, 0.0),
+        (5, 8, 5003, 0.7, 0.0),
+        (0, 3, 4, 1.0, 0.0),
+        (1, 3, 1, 1.0, 0.0),
+        (7, 5, 11, 0.7, 2.0),  # Gemma 2
     ],
 )
 def test_token_logprobs_and_their_gradients_are_those_of_autograd(
-    half, device, dtype, N, E, V, temperature, monkeypatch
+    half, device, dtype, N, E, V, temperature, softcap, monkeypatch
 ):
     if half == "Triton":
         use_triton_on_cpu(monkeypatch)
     monkeypatch.setattr(kernels.TokenLogprobs, "CHUNK", {device: 3 * V})  # three rows at a time
     hidden, weight, *rest = make_logprobs_case(N, E, V, dtype)
     weight[V - V // 6 :] *= 1.3  # the largest logit comes late
-    want = logprobs_of_autograd(hidden, weight, *rest, temperature)
+    want = logprobs_of_autograd(hidden, weight, *rest, temperature, softcap)
 
     hidden = hidden.to(device, dtype).requires_grad_()
     weight = weight.to(device, dtype).requires_grad_()
     sizes = [z.numel() for _, z in kernels.TokenLogprobs.chunks(hidden, weight)]
     message = f"chunks of {sizes} logits, where {3 * V} are allowed"
     assert sum(sizes) == N * V and max(sizes, default=0) <= 3 * V, message
-    got = logprobs_of_kernels(hidden, weight, *rest, temperature)
+    got = logprobs_of_kernels(hidden, weight, *rest, temperature, softcap)
     times = 4 if dtype == torch.bfloat16 else 1  # logits may be rounded to it before the softmax
     for name, x, y in zip(NAMES, got, want):
         assert_close(x, y, dtype, f"{half}: {name}", times)
@@ -643,7 +766,7 @@ def test_float32_logits_of_a_bfloat16_model(half, monkeypatch):
     if half == "Triton":
         use_triton_on_cpu(monkeypatch)
 
-    def float32_logits(hidden, weight):
+    def float32_logits(hidden, weight, softcap):
         return hidden.float() @ weight.T.float()
 
     monkeypatch.setattr(kernels, "logits", float32_logits)
@@ -700,15 +823,20 @@ def test_gpu_graph_of_a_decode_step_serves_all_lengths():
     k, v = torch.randn(2, B, H, C, D).to("cuda", torch.bfloat16)
     logits = torch.randn(B, V).to("cuda", torch.bfloat16)
     lengths = torch.ones(B, dtype=torch.long, device="cuda")
-    u = torch.rand(B, device="cuda")
+    _, sampled = new_rows(B, "cuda")
+    _, filtered = new_rows(B, "cuda")
+    eos = torch.tensor([5], device="cuda")
 
     def step():
         slots = torch.arange(B, device="cuda")
         kernels.rope_and_cache(q, q, q, k, v, slots, lengths - 1)
-        tokens, _ = kernels.sample(logits, u, 0.9)
-        filtered, _ = kernels.sample(logits, u, 0.9, top_k=50, top_p=0.9)
+        for rows in (sampled, filtered):
+            rows.lengths.fill_(3)
+            rows.done.fill_(False)
+        kernels.sample_next(logits, slots, sampled, eos, 0.9)
+        kernels.sample_next(logits, slots, filtered, eos, 0.9, top_k=50, top_p=0.9)
         attention = kernels.decode_attention(q, k, v, lengths, AttentionSpec(0.1))
-        return attention, tokens, filtered
+        return attention, sampled.tokens.clone(), filtered.tokens.clone()
 
     step()  # compiles
     torch.cuda.synchronize()
@@ -717,7 +845,8 @@ def test_gpu_graph_of_a_decode_step_serves_all_lengths():
         captured = step()
     for n in (1, 64, 65, 300):
         lengths.fill_(n)
-        u.uniform_()
+        for rows in (sampled, filtered):
+            rows.keys.random_(2**32)
         graph.replay()
         for name, a, b in zip(("attention", "sampling", "top-k and top-p"), captured, step()):
             assert torch.equal(a, b), f"{name} at length {n}: a graph and a direct call differ"
@@ -791,6 +920,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 
 
@@ -900,14 +1030,23 @@ def launch_norms(E, dtype):
     x = empty(64, E, dtype=dtype)
     for rms in (False, True):
         kernels.add_norm_triton(x, x, x[0], x[0], 1e-5, rms)
+    kernels.add_norm_triton(x, x, x[0], None, 1e-5, True, 1.0)  # Gemma
 
 
 def launch_vocabulary(V, dtype):
     logits = empty(64, V, dtype=dtype)
     targets = empty(64)
     x = empty(64, dtype=torch.float32)
+    rows = kernels.Rows(
+        tokens=empty(64, 512),
+        logprobs=empty(64, 512, dtype=torch.float32),
+        lengths=empty(64),
+        max_lengths=empty(64),
+        keys=empty(64),
+        done=empty(64, dtype=torch.bool),
+    )
     for greedy in (True, False):
-        kernels.sample_triton(logits, x, 0.7, greedy)
+        kernels.sample_next_triton(logits, empty(64), rows, empty(3), 0.7, greedy)
     kernels.logit_stats_triton(logits, targets, 1.0)
     kernels.logit_grads_triton(logits, targets, x, x, x, x, 1.0)
 

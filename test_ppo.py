@@ -670,14 +670,16 @@ class ScriptedSampler:
         self.answers = answers
         self.released = False
 
-    def generate(self, prompts, max_new_tokens, temperature, eos_token_id, seed):
+    def generate(self, prompts, max_new_tokens, temperature, eos_token_id, seed, respond):
+        self.respond = respond
         self.arguments = (max_new_tokens, temperature, eos_token_id, seed)
         answers = [self.answers[tuple(prompt)] for prompt in prompts]
         tokens, _ = data.pad([p + a for p, a in zip(prompts, answers)])
         answer_lens = torch.tensor([len(a) for a in answers])
         logprobs = -torch.ones(len(answers), int(answer_lens.max()))
         prompt_lens = torch.tensor([len(p) for p in prompts])
-        return Rollout(tokens, prompt_lens, answer_lens, logprobs)
+        mask = torch.arange(logprobs.size(1)) < answer_lens[:, None]
+        return Rollout(tokens, prompt_lens, answer_lens, logprobs, mask)
 
     def release(self):
         self.released = True
@@ -716,6 +718,27 @@ def test_a_rollout_says_which_tokens_were_sampled_which_answers_ended_and_what_t
     assert batch.answers == ["C", "AB", "", "AB"]
     assert batch.row_fields == {"target": [10, 0, 20, 0]}
     assert batch.lengths.tolist() == [3, 4, 2, 4]
+
+
+def test_a_tool_sees_its_row_and_the_text_so_far_and_its_words_become_tokens(tok, tmp_path):
+    utils.init_distributed(0)
+    file = tmp_path / "tools.py"
+    file.write_text("""
+def shout(row, text):
+    if len(text) > 3:
+        return None
+    return f" {row['prompt'].upper()}{row['target']}"
+""")
+    rows = ThreeRows(tok)
+    a, bc, d = [tuple(prompt) for prompt in rows.prompts]
+    sampler = ScriptedSampler({a: tok("A")["input_ids"], bc: tok("B")["input_ids"]})
+    cfg = ppo.Config(max_new_tokens=3, respond=f"{file}:shout")
+    ppo.rollout(sampler, rows, np.array([1, 0]), [5, 6], cfg, tok)
+    eos = [tok.eos_token_id]
+    assert sampler.respond(0, tok("xy")["input_ids"] + eos) == tok(" BC10")["input_ids"]
+    assert sampler.respond(1, tok("xy")["input_ids"] + eos) == tok(" A0")["input_ids"]
+    assert sampler.respond(1, tok("xyzw")["input_ids"] + eos) is None
+    assert ppo.make_respond(ppo.Config(), rows, [0], tok) is None
 
 
 def scored_batch():

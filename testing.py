@@ -3,8 +3,10 @@ runs of scripts and commands, and processes that act as ranks. No tests are in h
 
 Import this before torch and triton: it sets environment variables that they read.
 """
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -49,7 +51,7 @@ shared = pytest.mark.skipif(
 
 KINDS = [
     "llama", "llama3 rope", "yarn", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3",
-    "opt", "opt-350m", "gpt2", "gpt_neox", "gpt_neox sequential", "bloom",
+    "gemma2", "opt", "opt-350m", "gpt2", "gpt_neox", "gpt_neox sequential", "bloom",
 ]
 
 
@@ -87,6 +89,10 @@ def tiny_config(kind, **more):
         config = t.Olmo2Config(**llama)
     elif kind == "phi3":
         config = t.Phi3Config(**llama, rope_parameters=partial, sliding_window=20)
+    elif kind == "gemma2":
+        config = t.Gemma2Config(
+            **llama, head_dim=16, sliding_window=20, query_pre_attn_scalar=9,
+            attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
     elif kind == "opt":
         config = t.OPTConfig(**size, ffn_dim=100, word_embed_proj_dim=64)
     elif kind == "opt-350m":
@@ -202,9 +208,12 @@ def _rank(rank, world, port, folder, function, args):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port outside the range from which the system gives ports to whoever asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def ranks(world, function, *args, timeout=400):

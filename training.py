@@ -3,6 +3,7 @@ who may write to it, checkpoints, and how a run ends early and goes on."""
 import contextlib
 import dataclasses
 import fcntl
+import io
 import json
 import os
 import random
@@ -26,10 +27,14 @@ from models import (
     parse_lora,
     read_run_json,
 )
-from utils import UserError, atomic_write, dtype_of, is_rank0, print0
+from utils import Inputs, UserError, atomic_write, dtype_of, is_rank0, print0, short_hash
 
 # -----------------------------------------------------------------------------
 # DeepSpeed
+
+# On a GPU, AdamW is one kernel: PyTorch's default moves almost three times as many bytes, and needs
+# 4 more per parameter. On a CPU its default is kept.
+FUSED = torch.cuda.is_available()
 
 
 class AdamW(torch.optim.AdamW):
@@ -52,9 +57,12 @@ def shared_config(cfg, stage, micro_batch):
     param_device = "none"
     if cfg.offload and stage == 3:
         param_device = "cpu"
+    bf16 = dtype_of(cfg.dtype) == torch.bfloat16
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
-        "bf16": {"enabled": dtype_of(cfg.dtype) == torch.bfloat16},
+        # A bf16 gradient is added to the float32 sum as soon as it is there, and freed.
+        "bf16": {"enabled": bf16, "immediate_grad_update": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": stage,
             # Every parameter is sharded: one rule, and no surprise in memory.
@@ -84,12 +92,19 @@ def initialize(model, config, optimizer=None):
         # Shards parameter by parameter. Without it, deepspeed.initialize would first put the whole
         # model on the GPU.
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    with no_prints():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     device = next(engine.module.parameters()).device
     for name, buffer in buffers.items():
         parent, _, leaf = name.rpartition(".")
         engine.module.get_submodule(parent)._buffers[leaf] = buffer.to(device)
     return engine
+
+
+def no_prints():
+    """Context manager: nothing is printed. DeepSpeed's optimizer for bf16 reports on memory each
+    time it is made, on every rank, and on what it loads."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def train_engine(model, lr, micro_batch, accumulation_steps, cfg, eps=1e-8):
@@ -98,13 +113,16 @@ def train_engine(model, lr, micro_batch, accumulation_steps, cfg, eps=1e-8):
 
     cfg has zero, dtype, lora, gradient_checkpointing, offload, and ds_config, a JSON file that is
     merged over the settings here.
-    Two attributes are added to DeepSpeed's object: trained_params, and nonfinite, the number of
-    gradients since the last step that were NaN or infinite (see `step`).
+    Two attributes are added to DeepSpeed's object: trained_params, and nonfinite, which is NaN if a
+    gradient since the last step was NaN or infinite, else 0 (see `step`).
     """
     stage = cfg.zero
     optimizer_device = "none"
+    if cfg.offload or dtype_of(cfg.dtype) == torch.bfloat16:
+        # DeepSpeed offloads from stage 1 on. And its stage 0 would add up the bf16 gradients of
+        # micro batches in bf16, where the last of many hardly count; later ones do it in float32.
+        stage = max(stage, 1)
     if cfg.offload:
-        stage = max(stage, 1)  # DeepSpeed offloads from stage 1 on; on one rank, 1 is as 0
         optimizer_device = "cpu"
     config = shared_config(cfg, stage, micro_batch)
     ours = {
@@ -123,9 +141,9 @@ def train_engine(model, lr, micro_batch, accumulation_steps, cfg, eps=1e-8):
     trained_params = [p for group in groups for p in group["params"]]
     # 0.99 lies between the 0.95 of InstructGPT's large batches and 0.999: a second moment over some
     # hundred steps suits small batches.
-    optimizer = AdamW(groups, lr=lr, betas=(0.9, 0.99), eps=eps, weight_decay=0.0)
-    # NOTE: with bf16, DeepSpeed's stage 0 begins with a step on gradients of zero, which would
-    # count in Adam's bias correction.
+    optimizer = AdamW(groups, lr=lr, betas=(0.9, 0.99), eps=eps, weight_decay=0.0, fused=FUSED)
+    # NOTE: ZeRO begins with a step on gradients of zero, which would count in Adam's bias
+    # correction.
     optimizer.skip = True
     engine = initialize(model, config, optimizer)
     optimizer.skip = False
@@ -133,7 +151,7 @@ def train_engine(model, lr, micro_batch, accumulation_steps, cfg, eps=1e-8):
     # models.load_config.
     engine.train(cfg.gradient_checkpointing)
     engine.trained_params = trained_params
-    engine.nonfinite = count_nonfinite(trained_params, engine.device)
+    engine.nonfinite = watch_nonfinite(trained_params, engine.device)
     return engine
 
 
@@ -161,20 +179,23 @@ def parameter_groups(model, lr, lora):
         if p.requires_grad:
             group = adapters if is_adapter(name) else others
             group["params"].append(p)
+    # Matrices first, because ZeRO-1 and 2 keep a group in one buffer, in this order: so the
+    # projections of a layer are neighbours in it, and decoder.py computes them by one product.
+    others["params"].sort(key=lambda p: p.dim() == 1)
     return [group for group in (adapters, others) if group["params"]]
 
 
-def count_nonfinite(params, device):
-    """Counts gradients that are NaN or infinite, in the tensor that is returned. A gradient is
-    looked at before it is reduced over ranks, so that this needs to know nothing of ZeRO."""
-    count = torch.zeros((), device=device)
+def watch_nonfinite(params, device):
+    """A tensor that is 0, and NaN as soon as a gradient is NaN or infinite. A gradient is looked at
+    before it is reduced over ranks, so that this needs to know nothing of ZeRO."""
+    flag = torch.zeros((), device=device)
 
     def check(gradient):
-        count.add_(~gradient.sum().isfinite())
+        flag.add_(gradient.sum(), alpha=0)  # NaN and infinity times 0 are NaN
 
     for p in params:
         p.register_hook(check)
-    return count
+    return flag
 
 
 def fp32_params(engine):
@@ -314,8 +335,8 @@ def check_ds_config(config, stage):
     file_stage = config.get("zero_optimization", {}).get("stage", stage)
     if stage is not None and file_stage != stage:
         message = (
-            f"zero_optimization.stage is {file_stage}, and by --zero and --offload it is {stage}; "
-            "take it out of the file, and set --zero"
+            f"zero_optimization.stage is {file_stage}, and by --zero, --offload and --dtype it is "
+            f"{stage}; take it out of the file, and set --zero"
         )
         raise ValueError(message)
 
@@ -365,7 +386,7 @@ def step(*engines):
         return ()
     nonfinite = sum(engine.nonfinite for engine in engines)
     dist.all_reduce(nonfinite)
-    skip = bool(nonfinite)
+    skip = bool(nonfinite.isnan())
     if skip:
         SkippedSteps.total += 1
         SkippedSteps.in_a_row += 1
@@ -497,6 +518,31 @@ def claim_folder(cfg, *inputs):
     is_finished = on_rank0(claim_folder_on_rank0, cfg, inputs)
     if is_finished:
         exit_finished(cfg)
+    Inputs.models = {path: model_hash(path) for path in inputs if path}
+    Inputs.data = {}
+
+
+# Suffixes of the files that a model is loaded from.
+MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+
+
+def model_hash(folder):
+    """A hash of the files of a model folder, None where there is no such folder. All ranks call:
+    they share the files. It costs one reading of the weights (13 GB in memory: 4 s on one core),
+    which loading them then finds in memory."""
+    names = on_rank0(model_files, Path(folder))
+    if not names:
+        return None
+    checksums = file_checksums(Path(folder), names)
+    return short_hash(json.dumps(checksums, sort_keys=True).encode())
+
+
+def model_files(folder):
+    """Names of the files that a model is loaded from; [] where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir() if path.suffix in MODEL_FILES]
+    return sorted(name for name in names if name != "run.json")
 
 
 def claim_folder_on_rank0(cfg, inputs):
@@ -521,6 +567,12 @@ def claim_folder_on_rank0(cfg, inputs):
     run = read_run_json(out)
     if cfg.resume:
         require_same_flags(cfg, run)
+        if not run and checkpoint_steps(out):
+            message = (
+                f"--resume: {out} has a checkpoint and no run.json, so nobody knows how this run "
+                "began; take another --out, or remove the folder"
+            )
+            raise UserError(message)
         return run.get("finished", False)
     if run.get("finished"):
         message = (
@@ -781,7 +833,8 @@ class Checkpoint:
             raise UserError(message)
         for name, engine in self.engines.items():
             # Not strict: frozen weights are not in a checkpoint.
-            path, _ = engine.load_checkpoint(folder, tag=name, load_module_strict=False)
+            with no_prints():
+                path, _ = engine.load_checkpoint(folder, tag=name, load_module_strict=False)
             assert path is not None, f"DeepSpeed finds no {name} in {folder}"
         rank = self.rank if self.sharded else 0
         path = folder / f"rank-{rank}.pt"

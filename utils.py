@@ -1,6 +1,8 @@
 """What all scripts share: command line, start-up, micro batches, collectives, logs."""
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import io
@@ -8,7 +10,10 @@ import json
 import logging
 import os
 import random
+import re
 import resource
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,10 +36,47 @@ def is_rank0():
     return os.environ.get("RANK", "0") == "0"
 
 
-def print0(*args):
-    """print, on rank 0 only."""
-    if is_rank0():
-        print(*args, flush=True)
+# -----------------------------------------------------------------------------
+# the screen
+
+
+def print0(*args, end="\n"):
+    """print, on rank 0 only.
+
+    Where standard output cannot be written to, because its reader has ended or its disk is full,
+    there is one warning, and the run goes on: what it prints is in its folder, too."""
+    if not is_rank0():
+        return
+    try:
+        print(*args, end=end, flush=True)
+    except OSError as error:
+        discard_output(sys.stdout)
+        print_error(f"warning: standard output is lost ({error.strerror}); the run goes on")
+
+
+def print_error(line):
+    """A line on standard error; nothing, where that is lost."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        discard_output(sys.stderr)
+
+
+def discard_output(stream):
+    """What is written to this stream, now and later, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def prepare_streams():
+    """Makes standard input, output and error fit for anything that is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `python sft.py >&-`
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdin.reconfigure(errors="surrogateescape")  # see chat.without_bad_bytes
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII or Latin-1
 
 
 # -----------------------------------------------------------------------------
@@ -66,6 +108,7 @@ def field_comments(Config):
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         """Without argparse's ten lines of usage in front of the line that matters."""
+        wait_for_rank0()
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
@@ -117,29 +160,107 @@ def with_dashes(arg):
     return flag.replace("_", "-") + equals + value
 
 
+def flag_of(name):
+    """The flag that sets a field of a Config."""
+    return "--" + name.replace("_", "-")
+
+
 def require_at_least(cfg, least, *names):
     """Raises UserError where one of these fields of a Config is smaller than `least` or NaN."""
     for name in names:
         value = getattr(cfg, name)
         if not value >= least:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value}: must be at least {least}")
+            raise UserError(f"{flag_of(name)} {value}: must be at least {least}")
+
+
+# What a number of a Config must be, in words and as a test. NaN passes none of them.
+COUNT = ("at least 1", lambda x: x >= 1)
+NOT_NEGATIVE = ("at least 0", lambda x: x >= 0)
+POSITIVE = ("above 0", lambda x: x > 0)
+NUMBERS = {
+    "actor_lr": NOT_NEGATIVE,  # 0: only the critic learns
+    "batch_size": COUNT,
+    "clip": POSITIVE,
+    "critic_lr": NOT_NEGATIVE,
+    "ema": ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "epochs": POSITIVE,
+    "held_out": ("above 0 and below 1", lambda x: 0 < x < 1),
+    "iterations": COUNT,
+    "kl_coef": NOT_NEGATIVE,
+    "lr": POSITIVE,
+    "max_len": ("at least 2", lambda x: x >= 2),
+    "max_new_tokens": COUNT,
+    "micro_batch": NOT_NEGATIVE,
+    "minibatches": COUNT,
+    "ppo_epochs": COUNT,
+    "ptx_coef": NOT_NEGATIVE,
+    "save_every": NOT_NEGATIVE,
+    "seed": NOT_NEGATIVE,
+    "temperature": ("0, or at least 0.001", lambda x: x == 0 or x >= 0.001),
+    "top_k": NOT_NEGATIVE,
+    "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "tp": COUNT,
+    "zero": ("0, 1, 2 or 3", lambda x: x in (0, 1, 2, 3)),
+}
+NEVER_EMPTY = ("model", "out", "data", "reward")
+
+
+def check_values(cfg):
+    """Raises UserError where a number of a Config is not what NUMBERS says, or a text is empty that
+    must not be. A number that is not in there must be finite."""
+    for field in dataclasses.fields(cfg):
+        name = field.name
+        value = getattr(cfg, name)
+        if isinstance(value, str) and name in NEVER_EMPTY and not value.strip():
+            raise UserError(f"{flag_of(name)} is empty; is a variable of the shell not set?")
+        if isinstance(value, (int, float)):
+            words, holds = NUMBERS.get(name, ("a finite number", np.isfinite))
+            if not holds(value):
+                raise UserError(f"{flag_of(name)} {value}: must be {words}")
+            if value >= 2**32:
+                raise UserError(f"{flag_of(name)} {value}: must be below 2**32")
+
+
+def require_file(name, path):
+    """Raises UserError where a flag names a file that is not there; an empty one is left out."""
+    if path and not Path(path).is_file():
+        raise UserError(f"{flag_of(name)} {path}: no such file")
+
+
+def wait_for_rank0():
+    """Most mistakes are every rank's. Rank 0 prints; the launcher ends the others meanwhile."""
+    if not is_rank0():
+        time.sleep(5)
+
+
+def stop(line, code):
+    """Prints why this process ends, and ends it."""
+    wait_for_rank0()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    print_error(line)
+    # Not sys.exit: another rank may be inside a collective, and this one would wait for it.
+    os._exit(code)
 
 
 def run(main, Config):
     """The last line of a script. A user's mistake prints one sentence and exits with code 2;
-    anything else is a bug and shows its traceback."""
+    anything else is a bug and shows its traceback.
+
+    Config may have a method check_files(), which is called first: it raises UserError, and prints
+    warnings, for what can be seen before anything is loaded."""
+    prepare_streams()
     cfg = parse_args(Config)
     try:
+        if hasattr(cfg, "check_files"):
+            cfg.check_files()
         main(cfg)
     except UserError as error:
-        sys.stdout.flush()
-        if not is_rank0():
-            # Most mistakes are every rank's. Rank 0 prints; the launcher ends the others meanwhile.
-            time.sleep(5)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # Not sys.exit: another rank may be inside a collective, and this one would wait for it.
-        os._exit(2)
+        stop(f"error: {error}", 2)
+    except KeyboardInterrupt:  # while models are loaded; later training.Interrupt takes it
+        stop("\nstopped by Ctrl-C", 130)
+    except BrokenPipeError:  # of a script's own print
+        stop("error: what read the standard output has ended", 2)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -152,12 +273,10 @@ def init_distributed(seed):
     """Joins the other ranks, whoever launched them (python, torchrun, deepspeed), and seeds all
     generators. Afterwards dist.get_rank() and dist.get_world_size() work everywhere.
     Returns this rank's device."""
-    if "RANK" not in os.environ:  # plain `python script.py`: one rank
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    alone = "RANK" not in os.environ  # plain `python script.py`
+    if alone:
+        # The port is for DeepSpeed, which asks for one; nothing listens there.
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
 
     cuda = torch.cuda.is_available()
@@ -183,7 +302,10 @@ def init_distributed(seed):
     if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if alone:
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -338,15 +460,20 @@ class Totals:
 # logs
 
 
+def git(*arguments):
+    """What a git command prints about this code, None where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, errors="replace",
+            cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
 def git_commit():
     """The commit of this code, or None."""
-    here = Path(__file__).parent
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=here)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
+    return (git("rev-parse", "HEAD") or "").strip() or None
 
 
 def memory_gib():
@@ -390,22 +517,23 @@ def atomic_write(path, text):
 def append_lines(path, key, last):
     """Opens a file of JSON lines for appending. Lines past step `last` are dropped: they were
     written after the checkpoint that a run resumes from, and will be written again."""
-    kept = []
-    if last and path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # cut off in the middle, so it was written after the checkpoint
-            if row[key] <= last:
-                kept.append(line + "\n")
-    atomic_write(path, "".join(kept))
+    new = Path(f"{path}.new")
+    with open(new, "w") as kept:
+        if last and path.exists():
+            for line in open(path, errors="replace"):
+                try:
+                    step = json.loads(line)[key]
+                except (ValueError, TypeError, KeyError):
+                    break  # cut off in the middle, so it was written after the checkpoint
+                if step <= last:
+                    kept.write(line.rstrip("\n") + "\n")
+    new.rename(path)
     return open(path, "a")
 
 
 class Log:
     """One line per step on the screen, in fixed columns; all numbers in OUT/metrics.jsonl; and
-    OUT/run.json with the configuration and the versions of everything."""
+    OUT/run.json and OUT/code, see write_record."""
 
     def __init__(self, cfg, total, columns, every=1, start=0):
         """columns: {metric: format}, such as {"loss": ".4f"}. every: print one step of so many.
@@ -420,7 +548,9 @@ class Log:
         if not is_rank0():
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.out / "run.json", json.dumps(run_record(cfg), indent=1))
+        write_record(self.out, cfg, start)
+        if start == 0:  # a run that never came to a checkpoint may have left some
+            (self.out / "samples.jsonl").unlink(missing_ok=True)
         self.file = append_lines(self.out / "metrics.jsonl", "step", start)
         self.sample_file = None
         names = " ".join(f"{name:>{self.width(name)}}" for name in columns)
@@ -467,9 +597,49 @@ class Log:
         if self.interactive:
             line = "\r\033[K" + line  # over the line of the step before, if that was not kept
         if step % self.every == 0 or step in (1, self.total):
-            print(line, flush=True)
+            print0(line)
         elif self.interactive:
-            print(line, end="", flush=True)
+            print0(line, end="")
+
+
+# -----------------------------------------------------------------------------
+# what a run knows about itself
+
+
+class Inputs:
+    """Hashes of what this run has read. training.claim_folder puts the models in, and data.load the
+    sources. They belong to the process, which trains one run at a time."""
+
+    models = {}  # folder -> hash of its files; None for anything else
+    data = {}    # source -> hash of its rows
+
+
+def write_record(out, cfg, start):
+    """Writes OUT/run.json, and a copy of the code to OUT/code with what git says is changed in it.
+
+    start: the step that a resumed run goes on after. It keeps the record that it began with, adds
+    to its list `resumed`, and if the code has changed, a copy of that too. Raises UserError where
+    its data or its models have changed."""
+    path = out / "run.json"
+    record = run_record(cfg)
+    folder = out / "code"
+    changed = True
+    if start and path.exists():
+        old = json.loads(path.read_text())
+        require_same_inputs(old, record)
+        folder = out / f"code-{start}"
+        changed = warn_of_changed_code(old, record)
+        names = ("command", "time", "host", "device", "world", "versions", "git", "dirty")
+        resumed = {"step": start, **{name: record[name] for name in names}}
+        record = {**old, "resumed": [*old.get("resumed", []), resumed]}
+    if changed:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for source in code_files(cfg).values():
+            shutil.copy(source, folder)
+        if record["dirty"]:
+            (folder / "changes.diff").write_text(git("diff", "HEAD", "--", *record["dirty"]))
+    atomic_write(path, json.dumps(record, indent=1))
 
 
 def run_record(cfg):
@@ -478,10 +648,77 @@ def run_record(cfg):
     import transformers
 
     modules = (torch, deepspeed, transformers, np)
+    models = {}
+    for name, digest in Inputs.models.items():
+        models[name] = digest or hub_commit(name)
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    dirty = git("diff", "HEAD", "--name-only", "--relative", "--", "*.py") or ""
     return {
-        "script": Path(sys.argv[0]).name,
-        "config": dataclasses.asdict(cfg),
+        "script": Path(inspect.getfile(type(cfg))).name,
+        "command": shlex.join(sys.argv),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "host": socket.gethostname(),
+        "device": device,
         "world": dist.get_world_size(),
+        "config": dataclasses.asdict(cfg),
+        "models": {name: digest for name, digest in models.items() if digest},
+        "data": dict(Inputs.data),
         "versions": {m.__name__: m.__version__ for m in modules},
         "git": git_commit(),
+        "dirty": dirty.splitlines(),  # files that are not as in this commit
+        "code": {name: short_hash(path.read_bytes()) for name, path in code_files(cfg).items()},
     }
+
+
+def code_files(cfg):
+    """{name: path} of the source files that decide on a run: its script, our modules that it has
+    imported, and the files with functions of the user that its flags name."""
+    paths = [Path(inspect.getfile(type(cfg)))]
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or "")
+        if path.parent == Path(__file__).parent and not path.name.startswith("test"):
+            paths.append(path)
+    for value in dataclasses.asdict(cfg).values():
+        paths += [Path(name) for name in re.findall(r"([^,]+\.py):", str(value))]
+    return {path.name: path for path in sorted(paths) if path.is_file()}
+
+
+def hub_commit(name):
+    """The commit of a model that was loaded from the hub, None for anything else."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        path = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # the name of a function
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def short_hash(content):
+    """16 hexadecimal digits of bytes: enough to see a change."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def require_same_inputs(old, new):
+    """Raises UserError where a run would go on with other rows or models than it began with. old,
+    new: what run_record has returned."""
+    for kind, what in (("data", "rows"), ("models", "files")):
+        for name, digest in new[kind].items():
+            if old.get(kind, {}).get(name, digest) != digest:
+                message = (
+                    f"--resume: {name} has other {what} now than when this run began; put the "
+                    "old ones back, or start again with --overwrite")
+                raise UserError(message)
+
+
+def warn_of_changed_code(old, new):
+    """Returns whether the code of a run has changed since it began."""
+    before = old.get("code", {})
+    changed = [name for name, digest in new["code"].items() if before.get(name, digest) != digest]
+    if before and new["script"] not in before:
+        changed.append(new["script"])
+    if changed:
+        print0(f"warning: --resume: code has changed since this run began: {', '.join(changed)}")
+    return bool(changed)
