@@ -947,8 +947,8 @@ def top_k_top_p_filter(logits, top_k, top_p):
     """logits (B, V), with -inf outside the top_k largest, and outside the fewest tokens whose
     probability reaches top_p.
 
-    PyTorch on every device. No shape depends on data and nothing waits for the GPU, so a CUDA graph
-    can hold it.
+    PyTorch on every device, and rarely used. No shape depends on data and nothing waits for the
+    GPU, so a CUDA graph can hold it.
     """
     if 0 < top_k < logits.size(-1):
         kth_largest = logits.topk(top_k, dim=-1).values[:, -1:]         # (B, 1)
@@ -967,8 +967,7 @@ def sample(logits, u, temperature, top_k=0, top_p=1.0):
     """One token per row, and its log-probability under the distribution that it was drawn from.
 
     logits (B, V); u (B,) uniform in (0, 1). Temperature 0 takes the largest logit, and its
-    log-probability is the one at temperature 1. PyTorch on every device. Returns tokens (B,) int64,
-    logprobs (B,) float32.
+    log-probability is the one at temperature 1. Returns tokens (B,) int64, logprobs (B,) float32.
     """
     greedy = temperature == 0
     z = logits.float()
