@@ -80,6 +80,7 @@ class Config:
     micro_batch: int = 0           # rows per rank and forward; 0: the rank's share of a minibatch
     actor_lr: float = 3e-4         # first learning rate; about 1e-6 for a pretrained model
     critic_lr: float = 1e-3        # first learning rate; about 5e-6 for a pretrained model
+    critic_warmup: int = 0         # iterations at the start in which only the critic learns
     kl_coef: float = 0.05          # weight of the KL penalty, log(policy / reference) per token
     clip: float = 0.2              # how far a ratio may leave 1 before its gradient is cut
     ptx_data: str = ""             # sources of text or demonstrations that the actor trains on too
@@ -112,6 +113,11 @@ class Config:
             raise utils.UserError(
                 f"--batch-size {self.batch_size} cannot be divided by "
                 f"--minibatches {self.minibatches}"
+            )
+        if self.critic_warmup >= self.iterations:
+            raise utils.UserError(
+                f"--critic-warmup {self.critic_warmup} leaves no iteration for the actor: "
+                f"--iterations is {self.iterations}"
             )
         if self.model == "tiny":
             raise utils.UserError(
@@ -911,7 +917,10 @@ def main(cfg):
 
     for iteration in range(start + 1, cfg.iterations + 1):
         lr_scale = max(LR_FLOOR, 1 - (iteration - 1) / cfg.iterations)
-        training.set_lr(actor, cfg.actor_lr * lr_scale)
+        actor_lr = cfg.actor_lr * lr_scale
+        if iteration <= cfg.critic_warmup:
+            actor_lr = 0.0
+        training.set_lr(actor, actor_lr)
         if critic:
             training.set_lr(critic, cfg.critic_lr * lr_scale)
         _, indices = next(batches)
@@ -933,7 +942,7 @@ def main(cfg):
         metrics |= {"rollout_s": rollout_s, "score_s": score_s, "update_s": update_s}
         metrics["seconds"] = rollout_s + score_s + update_s
         metrics["tokens_per_s"] = int(batch.mask.sum()) / rollout_s
-        metrics["actor_lr"] = cfg.actor_lr * lr_scale
+        metrics["actor_lr"] = actor_lr
         metrics["kl_coef"] = cfg.kl_coef
         last = iteration == cfg.iterations
         if last or iteration % max(1, cfg.iterations // EVALS) == 0:

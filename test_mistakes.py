@@ -116,6 +116,8 @@ FLAGS = {
     "ppo --model tiny": "--model tiny: its weights are random, .*",
     "ppo --batch-size 10 --minibatches 3":
         "--batch-size 10 cannot be divided by --minibatches 3",
+    "ppo --critic-warmup 32":
+        "--critic-warmup 32 leaves no iteration for the actor: --iterations is 32",
     "ppo --max-new-tokens 512":
         "--max-new-tokens 512 leaves no room for a prompt in --max-len 512",
     "ppo --ptx-data x --zero 3 --gradient-checkpointing":

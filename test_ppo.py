@@ -1375,6 +1375,16 @@ def test_both_learning_rates_fall_linearly_to_a_tenth_and_a_run_has_four_evaluat
     assert evaluated == [0, 3, 6, 9, 12], "besides the one at its start"
 
 
+def test_in_its_warmup_only_the_critic_learns(flags, tmp_path):
+    flags = flags | dict(iterations=3, ema=0.0)
+    metrics = train(ppo, tmp_path / "p", **flags, critic_warmup=2)
+    plain = train(ppo, tmp_path / "plain", **flags)
+    assert [row["actor_lr"] > 0 for row in metrics[1:]] == [False, False, True]
+    assert [row["approx_kl"] == 0 for row in metrics[1:]] == [True, True, False]
+    assert [row["approx_kl"] == 0 for row in plain[1:]] == [False, False, False]
+    assert metrics[2]["critic_loss"] < metrics[1]["critic_loss"]
+
+
 def test_an_evaluation_is_the_mean_over_held_out_prompts_with_its_standard_error(
         one_step, tmp_path, monkeypatch):
     calls = record_rollouts(monkeypatch)

@@ -182,6 +182,7 @@ NUMBERS = {
     "batch_size": COUNT,
     "clip": POSITIVE,
     "critic_lr": NOT_NEGATIVE,
+    "critic_warmup": NOT_NEGATIVE,
     "ema": ("at least 0 and below 1", lambda x: 0 <= x < 1),
     "epochs": POSITIVE,
     "held_out": ("above 0 and below 1", lambda x: 0 < x < 1),
