@@ -8,12 +8,12 @@ for another folder; it may be deleted at any time). Their name there is a hash o
 depend on: the rows, the template, the tokenizer, and the code that makes tokens of rows. Only a
 data set on the hub is known by its name alone.
 
-A row is a prompt and up to two answers to it. Its tokens are `prompt ids + answer ids + EOS`: the
-two parts are tokenized separately, exactly as they meet again when the policy answers a prompt, and
-EOS is an id, not text. The fields of a row that are not text for the model (`answer`, `solution`,
-`nums`, ...) are kept along with the tokens, for reward functions.
+A row is a prompt and answers to it: one to imitate, others to compare. Its tokens are `prompt ids +
+answer ids + EOS`: the two parts are tokenized separately, exactly as they meet again when the
+policy answers a prompt, and EOS is an id, not text. The fields of a row that are not text for the
+model (`answer`, `solution`, `nums`, ...) are kept along with the tokens, for reward functions.
 
-Dimension key: B batch, T = prompt + answer.
+Dimension key: B batch, T = prompt + answer, K answers to compare.
 """
 import ast
 import functools
@@ -26,7 +26,7 @@ import time
 import uuid
 from array import array
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import islice, pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -231,9 +231,8 @@ def blocks(items, size):
         yield block
 
 
-def answers_of(examples, name, template, tokenizer):
-    """Token ids of one kind of answer; an empty list where an example does not have it."""
-    texts = [getattr(example, name) for example in examples]
+def answers_of(texts, template, tokenizer):
+    """Token ids of answers; an empty list where there is None."""
     encoded = iter(answer_ids([t for t in texts if t is not None], template, tokenizer))
     return [[] if text is None else next(encoded) for text in texts]
 
@@ -243,19 +242,30 @@ def hash_of_prompt(text):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
+def stack(parts, fill):
+    """Arrays (n, k) to one (sum of n, largest k). fill: what np.pad fills narrow ones with, such as
+    "constant" for 0, "edge" for a row's last value."""
+    width = max(part.shape[1] for part in parts)
+    padded = [np.pad(part, ((0, 0), (0, width - part.shape[1])), fill) for part in parts]
+    return np.concatenate(padded)
+
+
 def tokenize(source, columns, template, tokenizer, folder):
     """Writes the tokens of a source into a folder. Holds a thousand rows at a time.
 
-    tokens.bin    int32, flat: of each row prompt, response, chosen, rejected
-    rows.npy      (rows, 5) int64: where in it the prompt begins, and where each of the four ends;
+    tokens.bin    int32, flat: of each row prompt, response, and the answers to compare, best first
+                  (of a pair: chosen, rejected)
+    rows.npy      (rows, 3 + K) int64: where in it the prompt begins, and where each of these ends;
                   the span of an answer that a row does not have is empty
+    ranks.npy     (rows, K) int32: 1 for the best answer; equal for a tie; 0 past a row's answers
     hash.npy      (rows,) uint64: hash of the prompt
     fields.jsonl  the fields of each row for reward functions; none, if no row has any
     fields.npy    (rows + 1,) int64: where in it the fields of each row begin
     info.json     the Summary
     """
     summary = Summary()
-    bounds = array("q")
+    bounds = []  # of each block
+    ranks = []
     hashes = array("Q")
     field_bounds = array("q", [0])
     position = 0
@@ -263,22 +273,28 @@ def tokenize(source, columns, template, tokenizer, folder):
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "fields.jsonl", "wb") as fields:
         for block in blocks(rows, 1000):
             examples, prompts, lines = zip(*block)
+            texts = [[example.response for example in examples]]
+            texts += zip_longest(*(example.answers for example in examples))
             parts = [prompt_ids(list(prompts), template, tokenizer)]
-            for name in ("response", "chosen", "rejected"):
-                parts.append(answers_of(examples, name, template, tokenizer))
+            parts += [answers_of(column, template, tokenizer) for column in texts]
+            block_bounds = np.empty((len(block), 1 + len(parts)), dtype=np.int64)
             for i, example in enumerate(examples):
-                bounds.append(position)
-                for part in parts:
+                block_bounds[i, 0] = position
+                for k, part in enumerate(parts, 1):
                     np.asarray(part[i], dtype=np.int32).tofile(tokens)
                     position += len(part[i])
-                    bounds.append(position)
+                    block_bounds[i, k] = position
                 # plain text has no prompt: the row is its content
                 hashes.append(hash_of_prompt(prompts[i] or example.response or ""))
                 written = fields.write(lines[i].encode())
                 field_bounds.append(field_bounds[-1] + written)
+            bounds.append(block_bounds)
+            columns_of_ranks = zip_longest(*(example.ranks for example in examples), fillvalue=0)
+            ranks.append(np.array(list(columns_of_ranks), dtype=np.int32).T)
     if not hashes:
         raise UserError(no_rows(source, summary))
-    np.save(folder / "rows.npy", np.frombuffer(bounds, dtype=np.int64).reshape(-1, 5))
+    np.save(folder / "rows.npy", stack(bounds, "edge"))
+    np.save(folder / "ranks.npy", stack(ranks, "constant"))
     np.save(folder / "hash.npy", np.frombuffer(hashes, dtype=np.uint64))
     if summary.fields:
         np.save(folder / "fields.npy", np.frombuffer(field_bounds, dtype=np.int64))
@@ -393,7 +409,7 @@ def make_folder(folder, source, content, columns, template, tokenizer):
 # rows of one step
 
 
-COLUMN = {"response": 1, "chosen": 2, "rejected": 3}  # where that answer begins, of five bounds
+COLUMN = {"response": 1, "chosen": 2, "rejected": 3}  # where that answer begins, of the bounds
 
 
 class FieldFile:
@@ -413,11 +429,17 @@ class FieldFile:
         return json.loads(text or "{}")
 
 
+def spans(bounds):
+    """(start, end) of each answer that a row has for step 2. bounds: of one row."""
+    return [(start, end) for start, end in pairwise(bounds[2:]) if end > start]
+
+
 @dataclass
 class Rows:
     """Tokenized rows that fit a step."""
     tokens: list         # one memory map per source
-    bounds: np.ndarray   # (rows, 5) positions in it: the start, and the ends of its four parts
+    bounds: np.ndarray   # (rows, 3 + K) positions in it: the start, and the ends of its parts
+    ranks: np.ndarray    # (rows, K) of the answers to compare, best first; 0: there is none
     source: np.ndarray   # (rows,) which source
     number: np.ndarray   # (rows,) which row of that source
     field_files: list    # one FieldFile per source
@@ -435,6 +457,11 @@ class Rows:
         start, end = self.bounds[i, k : k + 2]
         return self.tokens[self.source[i]][start:end].tolist()
 
+    def answers(self, i):
+        """The answers that step 2 compares, best first."""
+        tokens = self.tokens[self.source[i]]
+        return [tokens[start:end].tolist() for start, end in spans(self.bounds[i])]
+
     def answer_lengths(self, *which):
         """Tokens of the longest of these answers, (rows,)."""
         columns = [COLUMN[name] for name in which]
@@ -443,6 +470,11 @@ class Rows:
     def lengths(self, *which):
         """Tokens of the prompt and the longest of these answers, (rows,)."""
         return np.diff(self.bounds)[:, 0] + self.answer_lengths(*which)
+
+    def lengths_to_compare(self):
+        """Tokens of the prompt and each answer that step 2 compares, (rows, K); 0: no answer."""
+        lengths = np.diff(self.bounds)
+        return (lengths[:, :1] + lengths[:, 2:]) * (lengths[:, 2:] > 0)
 
     def field_names(self):
         """Names of all fields that rows of these sources have."""
@@ -464,7 +496,8 @@ def load(data, step, split, held_out, template, tokenizer, max_len, columns="", 
     """Rows of one step, and its held-out rows: (train, held_out), both Rows.
 
     data, split, template, columns: as on the command line.
-    step: 'sft' (prompt and response), 'reward' (prompt, chosen and rejected) or 'ppo' (prompt).
+    step: 'sft' (prompt and response), 'reward' (prompt, and chosen and rejected answer or ranked
+    ones) or 'ppo' (prompt).
     held_out: share of the rows. flag: the one that named the data, for messages.
 
     A row's step and whether it is held out depend on the hash of its prompt alone: they are the
@@ -505,13 +538,14 @@ def join_sources(parts, weights):
     numbers = [np.flatnonzero(part.selected) for part in parts]  # of each source
     number = np.concatenate(numbers)
     source = np.repeat(np.arange(len(parts)), [len(n) for n in numbers])
-    bounds = np.concatenate([part.bounds[part.selected] for part in parts])
+    bounds = stack([part.bounds[part.selected] for part in parts], "edge")
+    ranks = stack([part.ranks[part.selected] for part in parts], "constant")
     is_held_out = np.concatenate([part.held_out[part.selected] for part in parts])
     tokens = [part.tokens for part in parts]
     field_files = [part.field_file for part in parts]
 
-    def take(indices):
-        return Rows(tokens, bounds[indices], source[indices], number[indices], field_files, weights)
+    def take(i):
+        return Rows(tokens, bounds[i], ranks[i], source[i], number[i], field_files, weights)
 
     train = np.flatnonzero(~is_held_out)
     # an evaluation takes the first ones, so they must be a sample of all sources
@@ -520,12 +554,13 @@ def join_sources(parts, weights):
 
 
 class SourceRows:
-    """The rows of one source, and which of them a step takes. All arrays are (rows,)."""
+    """The rows of one source, and which of them a step takes. Arrays are (rows,) unless said."""
 
     def __init__(self, name, folder):
         self.name = name
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
-        self.bounds = np.load(folder / "rows.npy")  # (rows, 5)
+        self.bounds = np.load(folder / "rows.npy")  # (rows, 3 + K)
+        self.ranks = np.load(folder / "ranks.npy")  # (rows, K)
         self.hashes = np.load(folder / "hash.npy")
         self.summary = Summary(**json.loads((folder / "info.json").read_text()))
         self.field_file = FieldFile(folder, self.summary.fields)
@@ -544,7 +579,7 @@ class SourceRows:
     def leave_out_unfit(self, step, tokenizer, max_len):
         """Leaves out rows that lack what the step needs, teach nothing or are too long."""
         needed = {"sft": ["response"], "reward": ["chosen", "rejected"], "ppo": []}[step]
-        lengths = np.diff(self.bounds)  # (rows, 4): tokens of prompt, response, chosen, rejected
+        lengths = np.diff(self.bounds)  # (rows, 2 + K): of prompt, response, answers to compare
         for name in needed:
             self.leave_out(lengths[:, COLUMN[name]] == 0, f"without '{name}'")
         if not needed:
@@ -559,13 +594,12 @@ class SourceRows:
 
         if step == "reward":
             equal = []
-            for _, _, start, middle, end in self.bounds:
-                chosen = self.tokens[start:middle]
-                rejected = self.tokens[middle:end]
-                equal.append(np.array_equal(chosen, rejected))
+            for bounds in self.bounds:
+                answers = {self.tokens[start:end].tobytes() for start, end in spans(bounds)}
+                equal.append(len(answers) == 1)
             self.leave_out(np.array(equal), "with equal answers")
-        answer_columns = [COLUMN[name] for name in needed]
-        total = lengths[:, 0] + lengths[:, answer_columns].max(1, initial=0)
+        answers = {"sft": slice(1, 2), "reward": slice(2, None), "ppo": slice(0)}[step]
+        total = lengths[:, 0] + lengths[:, answers].max(1, initial=0)
         self.leave_out(total > max_len, f"over {max_len} tokens")
         if not self.fits.any():
             raise UserError(f"{self.name}: no row is left ({'; '.join(self.left_out)})")

@@ -1,14 +1,17 @@
-r"""Step 2: a reward model from pairwise preferences (InstructGPT, Ouyang et al. 2022, section 3.5,
-"RM", eq. 1).
+r"""Step 2: a reward model from preferences, pairs or rankings (InstructGPT, Ouyang et al. 2022,
+section 3.5, "RM", eq. 1).
 
 The SFT model with a scalar head in place of its output layer. The score of an answer is read at its
-last token, the EOS. The loss is -log sigmoid(score(chosen) - score(rejected)).
+last token, the EOS. The loss is -log sigmoid(score(better) - score(worse)), averaged over a row's
+comparisons and then over rows. A row of K ranked answers has K (K - 1) / 2 of them, less its ties,
+and scores each answer once; a pair, chosen and rejected, is a ranking of two. Accuracy and margin
+are averaged in the same way: every row weighs the same.
 
 Differs from DeepSpeed-Chat by design: one score per answer, at a position known from lengths (there
 the loss also covers padding, and a number per tokenizer says where answers begin); loading is
 strict (there a renamed tensor leaves random weights); scores are normalized after training, so that
-a chosen answer scores 0 on average and scores have variance 1: a KL coefficient or a clip then
-means the same for every reward model (Ziegler et al. 2019).
+the best answer of a row scores 0 on average and scores have variance 1: a KL coefficient or a clip
+then means the same for every reward model (Ziegler et al. 2019).
 
     python reward.py                      # from out/sft, on the built-in pairs
     python reward.py --model out/sft --data pairs.jsonl --lr 1e-5 --micro-batch 8
@@ -33,7 +36,7 @@ import training
 import utils
 from models import RewardModel
 
-# Dimension key:  B pairs, T = P prompt + A answer.
+# Dimension key:  B rows, K answers of a row, N comparisons of a batch, T = P prompt + A answer.
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class Config:
     max_len: int = 512             # rows with more tokens, prompt and answer, are left out
     # training
     epochs: float = 1.5            # epochs over the data; InstructGPT takes 1: more overfits
-    batch_size: int = 32           # pairs per optimizer step, over all ranks
-    micro_batch: int = 0           # pairs per rank and forward; 0: the rank's share of a batch
+    batch_size: int = 32           # rows (pairs, rankings) per optimizer step, over all ranks
+    micro_batch: int = 0           # pairs per rank and forward, or as many rankings as have no
+    #   more answers; 0: the rank's share of a batch
     lr: float = 2.5e-4             # peak learning rate; about 1e-5 for a pretrained model
     # run
     seed: int = 1                  # of initial weights and of the order of rows
@@ -84,25 +88,58 @@ class Config:
         models.warn_of_toy_lr(self, lr="1e-5")
 
 
-EVAL_ROWS = 1024  # held-out pairs that are evaluated, at most
-CENTERING = 0.003  # weight of (chosen + rejected)^2 in the loss (Eisenstein et al. 2023): pairs say
-# nothing about the level of a prompt's scores, and PPO compares scores of different prompts
+EVAL_ROWS = 1024  # held-out rows that are evaluated, at most
+CENTERING = 0.003  # weight of (chosen + rejected)^2 in the loss (Eisenstein et al. 2023), of a
+# ranking (2 * mean score)^2: comparisons say nothing about the level of a prompt's scores, and PPO
+# compares scores of different prompts
 
 
-def pairwise_loss(chosen_scores, rejected_scores):
-    """-log sigmoid(chosen - rejected), averaged (Bradley and Terry 1952; InstructGPT eq. 1). Both
-    (B,), any float type; computed in float32."""
-    return -F.logsigmoid(chosen_scores.float() - rejected_scores.float()).mean()
+def weighted_mean(x, weights):
+    return (weights * x).sum() / weights.sum()
 
 
-def pair_scores(model, rows, indices, n_forwards, device):
-    """Scores the chosen and the rejected answers of some rows. The two answers of a pair may differ
-    much in length, so the 2B sequences are sorted by length and split into `n_forwards` forwards.
-    Returns scores (B, 2) and the number of tokens computed, padding included."""
+def comparisons(scores, ranks):
+    """All pairs of answers to the same prompt of which one is better; a tie is no comparison.
+
+    scores (B, K); ranks (B, K): 1 is best, 0: there is no answer. Returns the scores of the better
+    and of the worse answers, and weights, (N,) each: 1 over the number of the row's comparisons.
+    """
+    first = ranks[:, :, None]
+    second = ranks[:, None, :]
+    is_better = (first > 0) & (first < second)                                      # (B, K, K)
+    row, better, worse = is_better.nonzero(as_tuple=True)                           # (N,) each
+    weights = 1 / is_better.sum((1, 2))                                             # (B,)
+    return scores[row, better], scores[row, worse], weights[row]
+
+
+def pairwise_loss(better_scores, worse_scores, weights=None):
+    """-log sigmoid(better - worse), averaged (Bradley and Terry 1952; InstructGPT eq. 1). All (N,),
+    any float type; computed in float32. weights: of the average; None: all equal."""
+    losses = -F.logsigmoid(better_scores.float() - worse_scores.float())
+    if weights is None:
+        return losses.mean()
+    return weighted_mean(losses, weights)
+
+
+def kendall_tau(scores, ranks):
+    """Kendall's tau-b between the scores and the ranks of each row's answers, (B,): 1 where they
+    agree, -1 where they are opposite. Without ties it is 2 * accuracy - 1. Both (B, K)."""
+    there = ranks > 0
+    is_pair = there[:, :, None] & there[:, None, :]                    # (B, K, K), each pair twice
+    by_score = (scores[:, :, None] - scores[:, None, :]).sign() * is_pair
+    by_rank = (ranks[:, None, :] - ranks[:, :, None]).sign() * is_pair
+    untied = (by_score**2).sum((1, 2)) * (by_rank**2).sum((1, 2))
+    return (by_score * by_rank).sum((1, 2)) / untied.clamp(min=1).sqrt()
+
+
+def answer_scores(model, rows, indices, n_forwards, device):
+    """Scores the answers of some rows, each once. They may differ much in length, so the sequences
+    are sorted by length and split into `n_forwards` forwards. Returns scores (B, K), best answer
+    first and 0 where there is none, and the number of tokens computed, padding included."""
     sequences = []
     for i in indices:
-        sequences.append(rows.prompt(i) + rows.answer(i, "chosen"))
-        sequences.append(rows.prompt(i) + rows.answer(i, "rejected"))
+        prompt = rows.prompt(i)
+        sequences += [prompt + answer for answer in rows.answers(i)]
     order = np.argsort([len(s) for s in sequences], kind="stable")
     scores, slots = [], 0
     for group in np.array_split(order, min(n_forwards, len(order))):
@@ -110,7 +147,9 @@ def pair_scores(model, rows, indices, n_forwards, device):
         scores.append(models.last_token(model(tokens), lengths))
         slots += tokens.numel()
     back = torch.as_tensor(np.argsort(order), device=device)
-    return torch.cat(scores)[back].view(-1, 2), slots
+    there = torch.as_tensor(rows.ranks[indices] > 0, device=device)                 # (B, K)
+    scores = torch.cat(scores)[back]
+    return scores.new_zeros(there.shape).masked_scatter(there, scores), slots
 
 
 def forwards_per_micro_batch(lengths, zero):
@@ -123,15 +162,16 @@ def forwards_per_micro_batch(lengths, zero):
 
 
 @torch.no_grad()
-def score_pairs(engine, rows, indices, n_forwards, micro_batch, device):
-    """Scores of the chosen and of the rejected answers, (n, 2), on every rank."""
+def score_rows(engine, rows, indices, n_forwards, micro_batch, device):
+    """Scores and ranks of the answers of some rows, (n, K) each, on every rank."""
 
     def forward(part):
-        scores, _ = pair_scores(engine, rows, part, n_forwards, device)
+        scores, _ = answer_scores(engine, rows, part, n_forwards, device)
         return scores
 
-    lengths = rows.lengths("chosen", "rejected")
-    return utils.forward_in_micro_batches(forward, indices, lengths, micro_batch)
+    lengths = rows.lengths_to_compare().max(1)
+    scores = utils.forward_in_micro_batches(forward, indices, lengths, micro_batch)
+    return scores, torch.as_tensor(rows.ranks[indices], device=device)
 
 
 def main(cfg):
@@ -148,18 +188,21 @@ def main(cfg):
     train, held_out = data.load(
         cfg.data, "reward", cfg.split, cfg.held_out, template, tokenizer, max_len, cfg.columns
     )
-    lengths = train.lengths("chosen", "rejected")
-    lengths_of_both = train.lengths("chosen") + train.lengths("rejected")
+    answer_lengths = train.lengths_to_compare()                                     # (rows, K)
+    lengths = answer_lengths.max(1)
     n_forwards = forwards_per_micro_batch(lengths, cfg.zero)
+    most_answers = max(int((rows.ranks > 0).sum(1).max()) for rows in (train, held_out))
 
     # ---- engine ----
     world = dist.get_world_size()
-    micro_batch, accumulation_steps = utils.micro_batch_size(cfg.batch_size, cfg.micro_batch)
+    # Memory is bounded by sequences, two for each pair of --micro-batch.
+    rows_per_forward = cfg.micro_batch and max(1, 2 * cfg.micro_batch // most_answers)
+    micro_batch, accumulation_steps = utils.micro_batch_size(cfg.batch_size, rows_per_forward)
     engine = training.train_engine(model, cfg.lr, micro_batch, accumulation_steps, cfg)
     total = max(1, int(cfg.epochs * len(train) // cfg.batch_size))
     n_params = sum(p.numel() for p in model.parameters())
     utils.print0(
-        f"step 2: {n_params / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} pairs = "
+        f"step 2: {n_params / 1e6:.2f} M parameters, {total} steps of {cfg.batch_size} rows = "
         f"{world} ranks x {accumulation_steps} x {micro_batch}"
     )
 
@@ -168,6 +211,8 @@ def main(cfg):
     start, _ = checkpoint.restore()
     batches = data.steps(train, lengths, cfg.batch_size, cfg.seed, start)
     columns = {"loss": ".4f", "accuracy": ".3f", "margin": ".3f", "held_out_accuracy": ".3f"}
+    if most_answers > 2:
+        columns["held_out_tau"] = ".3f"
     log = utils.Log(cfg, total, columns, every=max(1, total // 30), start=start)
 
     # ---- training ----
@@ -175,18 +220,21 @@ def main(cfg):
         lr = cfg.lr * utils.cosine_schedule(step - 1, total)
         training.set_lr(engine, lr)
         epoch, indices = next(batches)
-        sums = torch.zeros(4)  # of loss, correct pairs, margins, tokens with padding
+        sums = torch.zeros(4)  # of loss, accuracy, margins, tokens with padding
         for part in utils.split_micro_batches(indices, lengths, micro_batch):
-            scores, slots = pair_scores(engine, train, part, n_forwards, device)    # (B, 2)
-            chosen, rejected = scores.unbind(1)
-            loss = pairwise_loss(chosen, rejected) * len(part) / cfg.batch_size
-            centering = CENTERING * ((chosen + rejected) ** 2).sum() / cfg.batch_size
+            scores, slots = answer_scores(engine, train, part, n_forwards, device)  # (B, K)
+            ranks = torch.as_tensor(train.ranks[part], device=device)               # (B, K)
+            better, worse, weights = comparisons(scores, ranks)                     # (N,) each
+            loss = pairwise_loss(better, worse, weights) * len(part) / cfg.batch_size
+            level = 2 * scores.sum(1) / (ranks > 0).sum(1)                          # (B,)
+            centering = CENTERING * (level**2).sum() / cfg.batch_size
             # DeepSpeed averages over micro batches and ranks; this loss is a share of a sum.
             engine.backward((loss + centering) * world * accumulation_steps)
             norms = training.step(engine)
-            margin = (chosen - rejected).detach()
-            correct = (margin > 0).sum().item()
-            sums += torch.tensor([loss.item(), correct, margin.sum().item(), slots])
+            margin = (better - worse).detach()
+            correct = (weights * (margin > 0)).sum().item()
+            margin = (weights * margin).sum().item()
+            sums += torch.tensor([loss.item(), correct, margin, slots])
         loss, correct, margin, slots = utils.sum_over_ranks(sums, device).tolist()
         metrics = {
             "epoch": epoch,
@@ -194,26 +242,28 @@ def main(cfg):
             "accuracy": correct / cfg.batch_size,
             "margin": margin / cfg.batch_size,
             "lr": lr,
-            "padding": 1 - lengths_of_both[indices].sum() / slots,
+            "padding": 1 - answer_lengths[indices].sum() / slots,
             "grad_norm": norms[0],
             "skipped": training.SkippedSteps.total,
         }
         if step == total or step % max(1, total // 10) == 0:
             some = np.arange(min(len(held_out), EVAL_ROWS))
-            scores = score_pairs(engine, held_out, some, n_forwards, micro_batch, device)
-            chosen, rejected = scores.unbind(1)
-            metrics["held_out_accuracy"] = (chosen > rejected).float().mean().item()
-            metrics["held_out_margin"] = (chosen - rejected).mean().item()
-            metrics["held_out_loss"] = pairwise_loss(chosen, rejected).item()
-            metrics["held_out_pairs"] = len(chosen)
+            scores, ranks = score_rows(engine, held_out, some, n_forwards, micro_batch, device)
+            better, worse, weights = comparisons(scores, ranks)
+            metrics["held_out_accuracy"] = weighted_mean(better > worse, weights).item()
+            metrics["held_out_margin"] = weighted_mean(better - worse, weights).item()
+            metrics["held_out_loss"] = pairwise_loss(better, worse, weights).item()
+            metrics["held_out_pairs"] = len(better)
+            if most_answers > 2:
+                metrics["held_out_tau"] = kendall_tau(scores, ranks).mean().item()
         log(step, metrics)
         checkpoint.save(step)
 
-    # ---- normalize scores, on training pairs ----
+    # ---- normalize scores, on training rows ----
     some = np.random.default_rng(cfg.seed).permutation(len(train))[:EVAL_ROWS]
-    scores = score_pairs(engine, train, some, n_forwards, micro_batch, device)      # (n, 2)
-    offset = scores[:, 0].mean().item()  # a chosen answer scores 0 on average
-    scale = 1 / max(scores.std().item(), 1e-3)  # scores have variance 1
+    scores, ranks = score_rows(engine, train, some, n_forwards, micro_batch, device)  # (n, K) each
+    offset = scores[:, 0].mean().item()  # the best answer (the first of equals) scores 0 on average
+    scale = 1 / max(scores[ranks > 0].std().item(), 1e-3)  # scores of all answers have variance 1
 
     # ---- a model folder ----
     pad = tokenizer.pad_token_id
@@ -224,10 +274,10 @@ def main(cfg):
         score_offset=offset, score_scale=scale, pad_token_id=pad,
     )
     checkpoint.finish()
-    accuracy, n = metrics["held_out_accuracy"], metrics["held_out_pairs"]
+    accuracy, n = metrics["held_out_accuracy"], min(len(held_out), EVAL_ROWS)
     interval = 1.96 * (accuracy * (1 - accuracy) / n) ** 0.5
     utils.print0(
-        f"saved {cfg.out}: held-out accuracy {accuracy:.3f} +- {interval:.3f} (95%, {n} pairs), "
+        f"saved {cfg.out}: held-out accuracy {accuracy:.3f} +- {interval:.3f} (95%, {n} rows), "
         f"margin {metrics['held_out_margin'] * scale:.2f} standard deviations of a score"
     )
 

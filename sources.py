@@ -11,10 +11,12 @@ import csv
 import gzip
 import importlib
 import json
+import math
 import re
 import zlib
 from functools import partial
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -28,10 +30,11 @@ from utils import UserError
 
 class Example(NamedTuple):
     """A row as text, whatever its format was."""
-    messages: list                # the prompt, up to the user's last message; empty for plain text
-    response: str | None = None   # the answer that step 1 imitates
-    chosen: str | None = None     # the better answer of a pair
-    rejected: str | None = None   # the worse answer of a pair
+    messages: list               # the prompt, up to the user's last message; empty for plain text
+    response: str | None = None  # the answer that step 1 imitates
+    answers: tuple = ()          # those that step 2 compares, best first: a pair's chosen and
+    #   rejected one, or a ranking; None for one that is not there
+    ranks: tuple = ()            # of each of them: 1 for the best; equal numbers are a tie
 
 
 def user(text):
@@ -112,18 +115,17 @@ def join_messages(prompt, more):
     return prompt + more
 
 
-def make_example(messages, row, response):
+def make_example(messages, row, response, answers=PAIR, ranks=(1, 2)):
     """An Example of a prompt and the answers in a row, or a ValueError.
 
     Each answer is text, or messages that end with it. response: the name of the field that holds
-    the answer for step 1, or None.
+    the answer for step 1, or None. answers: names of the fields that step 2 compares, best first.
     """
     texts = {}
     before = []  # what is before the answer, of each list of messages
-    field_names = {"chosen": "chosen", "rejected": "rejected", "response": response}
-    for kind, name in field_names.items():
+    for name in (*answers, response):
         if row.get(name) is not None:
-            earlier, texts[kind] = split_answer(name, row[name])
+            earlier, texts[name] = split_answer(name, row[name])
             if earlier is not None:
                 before.append(earlier)
     for earlier in before:
@@ -131,9 +133,9 @@ def make_example(messages, row, response):
             raise ValueError("these are two conversations, not two answers to one prompt")
     if before:
         messages = join_messages(messages, before[0])
-    if not messages and "response" not in texts:
+    if not messages and response not in texts:
         raise ValueError("it has neither a prompt nor a text")
-    return Example(messages, **texts)
+    return Example(messages, texts.get(response), tuple(map(texts.get, answers)), ranks)
 
 
 def first_field(row, *names):
@@ -164,17 +166,52 @@ def from_conversations(row):
     return from_messages({**row, "messages": system_message(row) + messages})
 
 
-def from_prompt(row):
-    prompt = row["prompt"]
+def prompt_messages(prompt):
     if isinstance(prompt, (list, tuple, dict)):
-        messages = check_messages("prompt", prompt)
-    elif check_text("prompt", prompt).lstrip().startswith("Human:"):
-        messages = dialogue(prompt)
-        if messages[-1] == {"role": "assistant", "content": ""}:
-            messages = messages[:-1]  # "... Assistant:" is the template's part
-    else:
-        messages = user(prompt)
-    return make_example(messages, row, first_field(row, "response", "completion", "chosen"))
+        return check_messages("prompt", prompt)
+    if not check_text("prompt", prompt).lstrip().startswith("Human:"):
+        return user(prompt)
+    messages = dialogue(prompt)
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages = messages[:-1]  # "... Assistant:" is the template's part
+    return messages
+
+
+def from_prompt(row):
+    response = first_field(row, "response", "completion", "chosen")
+    return make_example(prompt_messages(row["prompt"]), row, response)
+
+
+def from_ranking(row):
+    """Answers to a prompt, and of each its rank (1 is best) or its score (higher is better)."""
+    answers = row["answers"]
+    name = first_field(row, "ranks", "scores")
+    ranks = dense_ranks(name, row[name])
+    if not isinstance(answers, (list, tuple)):
+        raise ValueError(f"answers is {shorten(answers, 60)}, which is not a list")
+    if len(answers) != len(ranks):
+        raise ValueError(f"there are {len(answers)} answers and {len(ranks)} {name}")
+    best_first = sorted(range(len(ranks)), key=ranks.__getitem__)
+    fields = {f"answer {i + 1}": answers[i] for i in best_first}
+    for field, answer in fields.items():
+        split_answer(field, answer)  # none may be missing
+    response = first_field(row, "response", "completion") or next(iter(fields))
+    return make_example(prompt_messages(row["prompt"]), {**row, **fields}, response,
+                        answers=tuple(fields), ranks=tuple(ranks[i] for i in best_first))
+
+
+def dense_ranks(name, numbers):
+    """The ranks of answers as 1, 2, 3, ...: equal ones are tied. numbers: the field `ranks` or
+    `scores`, as the name says. Raises a ValueError if they leave nothing to compare."""
+    if not isinstance(numbers, (list, tuple)):
+        raise ValueError(f"{name} is {shorten(numbers, 60)}, which is not a list")
+    for number in numbers:
+        if not isinstance(number, Real) or isinstance(number, bool) or math.isnan(number):
+            raise ValueError(f"{name} holds {shorten(number, 60)}, which is not a number")
+    levels = sorted(set(numbers), reverse=name == "scores")
+    if len(levels) < 2:
+        raise ValueError(f"no two of its {name} differ, so there is nothing to compare")
+    return [levels.index(number) + 1 for number in numbers]
 
 
 def from_instruction(row):
@@ -217,8 +254,11 @@ class Format(NamedTuple):
     reads: tuple       # fields that are text for the model; the others are for reward functions
 
 
+RANKING = ("prompt", "answers", "ranks", "scores", "response", "completion")
 FORMATS = [  # the first that fits is taken
     Format(("messages",), from_messages, ("messages", "prompt", *PAIR)),
+    Format(("prompt", "answers", "ranks"), from_ranking, RANKING),
+    Format(("prompt", "answers", "scores"), from_ranking, RANKING),
     Format(("prompt",), from_prompt, ("prompt", "response", "completion", *PAIR)),
     Format(("instruction",), from_instruction,
            ("instruction", "input", "context", "output", "response", *PAIR)),

@@ -6,6 +6,7 @@ import ast
 import gzip
 import importlib.util
 import json
+import math
 import os
 import re
 import stat
@@ -139,15 +140,142 @@ def test_a_layout_is_recognised_by_its_fields(name):
     if example.messages:
         assert [m["role"] for m in example.messages] == ["user"]
         prompt = example.messages[0]["content"]
-    assert (prompt, example.response, example.chosen, example.rejected) == expected
+    assert (prompt, example.response, *example.answers) == expected
     assert fields == expected_fields, "what is not text for the model is for reward functions"
+
+
+OTHER = {"role": "assistant", "content": "o"}
+
+RANKINGS = {  # name: (row, response, answers with their ranks, best first)
+    "ranks": (
+        {"answers": ["b", "a", "c"], "ranks": [2, 1, 3]}, "a", [("a", 1), ("b", 2), ("c", 3)]),
+    "scores": (
+        {"answers": ["b", "a"], "scores": [-0.5, 7]}, "a", [("a", 1), ("b", 2)]),
+    "ties, and ranks that are not 1, 2, 3": (
+        {"answers": ["a", "b", "c", "d"], "ranks": [9, 2.5, 9, 2.5]}, "b",
+        [("b", 1), ("d", 1), ("a", 2), ("c", 2)]),
+    "an infinite score": (
+        {"answers": ["a", "b"], "scores": [-math.inf, 0]}, "b", [("b", 1), ("a", 2)]),
+    "an answer without a character": (
+        {"answers": ["a", ""], "scores": [0, 1]}, "", [("", 1), ("a", 2)]),
+    "ranks before scores": (
+        {"answers": ["a", "b"], "ranks": [1, 2], "scores": [0, 1]}, "a", [("a", 1), ("b", 2)]),
+    "a demonstration beside them": (
+        {"answers": ["a", "b"], "ranks": [1, 2], "response": "d"}, "d", [("a", 1), ("b", 2)]),
+    "messages": (
+        {"answers": [[BAD], [GOOD], [OTHER]], "scores": [0, 2, 1]}, "c",
+        [("c", 1), ("o", 2), ("r", 3)]),
+    "messages that repeat the prompt": (
+        {"answers": [[USER, BAD], [USER, GOOD]], "scores": [0, 2]}, "c", [("c", 1), ("r", 2)]),
+}
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+def test_a_ranking_is_its_answers_best_first(name):
+    row, response, ranked = RANKINGS[name]
+    example, _, fields = sources.convert({"prompt": "p", "key": 7, **row})
+    assert example.messages == [USER] and fields == {"key": 7}
+    assert example.response == response
+    assert list(zip(example.answers, example.ranks, strict=True)) == ranked
+
+
+def test_answers_without_ranks_are_a_field_for_reward_functions():
+    example, form, fields = sources.convert({"prompt": "p", "answers": ["4", "four"]})
+    assert form == "prompt" and fields == {"answers": ["4", "four"]}
+
+
+BAD_RANKINGS = {  # name: (row, what the message says)
+    "one answer": ({"answers": ["a"], "ranks": [1]}, "no two of its ranks differ, so there is"),
+    "no answer": ({"answers": [], "scores": []}, "no two of its scores differ"),
+    "only ties": ({"answers": ["a", "b"], "ranks": [1, 1.0]}, "no two of its ranks differ"),
+    "too few ranks": (
+        {"answers": ["a", "b", "c"], "ranks": [1, 2]}, "there are 3 answers and 2 ranks"),
+    "too many scores": (
+        {"answers": ["a"], "scores": [1, 2]}, "there are 1 answers and 2 scores"),
+    "NaN": ({"answers": ["a", "b"], "scores": [1, math.nan]}, "scores holds nan, which is not a"),
+    "ranks as text": ({"answers": ["a", "b"], "ranks": ["1", "2"]}, "ranks holds '1', which is"),
+    "true and false": ({"answers": ["a", "b"], "scores": [True, False]}, "scores holds True"),
+    "no score": ({"answers": ["a", "b"], "scores": [1, None]}, "scores holds None"),
+    "a number": ({"answers": ["a", "b"], "scores": 3}, "scores is 3, which is not a list"),
+    "text": ({"answers": "ab", "ranks": [1, 2]}, "answers is 'ab', which is not a list"),
+    "no text": ({"answers": ["a", None], "ranks": [1, 2]}, "answer 2 is None, which is not text"),
+    "two conversations": (
+        {"answers": [[USER, GOOD], [SYSTEM, BAD]], "ranks": [1, 2]}, "these are two conv"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RANKINGS)
+def test_a_ranking_that_cannot_be_used_is_left_out_and_described(name, tmp_path, tok, capsys):
+    row, message = BAD_RANKINGS[name]
+    lines = [{"prompt": f"p {i}", "answers": ["a", "b"], "ranks": [1, 2]} for i in range(50)]
+    lines.insert(3, {"prompt": "p", **row})
+    rows, held_out = load_file(write_rows(tmp_path / "a.jsonl", lines), tok, "reward")
+    assert len(rows) + len(held_out) == 50
+    printed = capsys.readouterr().out
+    assert "of 51 (left out: 1 unusable)" in printed
+    assert f"a.jsonl:4: cannot be read as prompt/answers/{list(row)[1]}: {message}" in printed
+
+
+def test_rankings_of_any_length_and_pairs_are_rows_of_one_data_set(tmp_path, tok):
+    expected = {}  # prompt: (answers, ranks), best first
+    lines = []
+    for i in range(60):
+        count = 2 + i % 4
+        answers = [f"{i}" + "x" * k for k in range(count)]
+        ratings = [k // 2 - 1.5 for k in range(count)]
+        lines.append({"task": f"p {i}", "completions": answers, "ratings": ratings, "key": i})
+        if count == 2:
+            lines[-1] = {"task": f"p {i}", "chosen": answers[1], "rejected": answers[0], "key": i}
+            expected[f"p {i}"] = (answers[::-1], [1, 2])
+        else:
+            order = [*range(2, count), 0, 1]
+            if count == 5:
+                order = [4, 2, 3, 0, 1]
+            best = max(ratings)
+            ranks = [1 + int(best - ratings[k]) for k in order]
+            expected[f"p {i}"] = ([answers[k] for k in order], ranks)
+    first = write_rows(tmp_path / "a.jsonl", lines[::2])   # of 2 and 4 answers
+    second = write_rows(tmp_path / "b.jsonl", lines[1::2])  # of 3 and 5
+    columns = "prompt=task,answers=completions,scores=ratings"
+    found = 0
+    for rows in load_file(f"{first},{second}", tok, "reward", columns=columns):
+        for i in range(len(rows)):
+            prompt = re.search(r"p \d+", tok.decode(rows.prompt(i)))[0]
+            answers, ranks = expected[prompt]
+            texts = [tok.decode(ids, skip_special_tokens=True)[1:] for ids in rows.answers(i)]
+            assert texts == answers
+            assert all(ids[-1] == tok.eos_token_id for ids in rows.answers(i))
+            assert rows.ranks[i].tolist() == ranks + [0] * (5 - len(ranks))
+            lengths = [len(rows.prompt(i) + ids) for ids in rows.answers(i)]
+            assert rows.lengths_to_compare()[i].tolist() == lengths + [0] * (5 - len(ranks))
+            assert rows.fields([i])["key"] == [int(prompt[2:])]
+            found += 1
+    assert found == 60
+    texts = texts_of(load_file(f"{first},{second}", tok, "sft", columns=columns), tok)
+    best = {prompt: answers[0] for prompt, (answers, _) in expected.items()}
+    got = {re.search(r"p \d+", prompt)[0]: answer[1:] for prompt, answer in texts.items()}
+    assert got == best, "step 1 imitates the best answer, the first of equals"
+    rows, held_out = load_file(f"{first},{second}", tok, "ppo", columns=columns)
+    assert len(rows) + len(held_out) == 60 and rows.field_names() == ["key"]
+
+
+def test_rankings_that_teach_nothing_or_are_too_long_are_left_out(tmp_path, tok, capsys):
+    lines = [{"prompt": f"{i}", "answers": ["a", "b", "c"], "ranks": [1, 2, 3]} for i in range(50)]
+    lines[7]["answers"] = ["a", "a ", "a"]
+    lines[9]["answers"] = ["a", "a", "b"]
+    lines[11]["answers"][2] = "c" * 100
+    rows, held_out = load_file(write_rows(tmp_path / "a.jsonl", lines), tok, "reward", max_len=99)
+    assert len(rows) + len(held_out) == 48
+    assert "(left out: 1 with equal answers; 1 over 99 tokens)" in capsys.readouterr().out
 
 
 def test_a_system_message_is_kept_wherever_it_is():
     pair = {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}
     question = {"system": "be nice", "question": "p", "chosen": "c", "rejected": "r"}
     conversations = {"system": "be nice", "conversations": [{"from": "human", "value": "p"}]}
-    for row in (pair, {"prompt": "p", **pair}, {"prompt": [SYSTEM, USER]}, question, conversations):
+    apart = {"prompt": [SYSTEM], "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    beside = {"prompt": "p", **pair}
+    for row in (pair, beside, apart, {"prompt": [SYSTEM, USER]}, question, conversations):
         example, _, _ = sources.convert(row)
         assert example.messages == [SYSTEM, USER], row
 
@@ -446,6 +574,14 @@ def test_an_edit_of_the_code_makes_tokens_anew_only_where_it_can_change_them(
         assert (edited != before) == differs, old
 
 
+def test_other_code_does_not_read_the_tokens_of_this_one(tmp_path, tok, cache, monkeypatch):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(50)])
+    load_file(path, tok)
+    monkeypatch.setattr(data, "token_code", lambda: ["edited"])
+    load_file(path, tok)
+    assert len(list(cache.iterdir())) == 2
+
+
 def test_a_cache_that_cannot_be_written_gets_one_sentence(tmp_path, tok, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": f"{i}", "response": "x"} for i in range(9)])
     (tmp_path / "file").write_text("")
@@ -653,7 +789,7 @@ BAD_DATA = {  # name: (file, its text, or None for no file, what the message mus
     "broken .json": ("a.json", '[{"prompt": "a"},\n{"prompt": }]', "a.json:2: not valid JSON"),
     "unknown fields": (
         "a.jsonl", '{"foo": 1}',
-        r"a.jsonl:1: unknown fields \['foo'\]; a row needs one of: messages; prompt; .*--columns"),
+        r"a.jsonl:1: unknown fields \['foo'\]; a row needs one of: messages; prompt/.*--columns"),
     "not an object": ("a.jsonl", "[1, 2]", "a.jsonl:1: a row must be an object"),
     "not text": (
         "a.jsonl", '{"prompt": "a", "response": 3}',
@@ -863,6 +999,8 @@ def test_an_epoch_has_every_row_once_and_ranks_share_its_batches(toy_file, tok, 
     in_epoch = np.concatenate(first)
     assert len(set(in_epoch)) == len(in_epoch) == len(rows) // 8 * 8, "no row twice in an epoch"
     assert [b.tolist() for b in first] != [b.tolist() for b in second], "another order"
+    first_sets, second_sets = ({frozenset(b) for b in batches} for batches in (first, second))
+    assert not first_sets & second_sets, "and other rows together"
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     for batch in first:
         by_rank = []
@@ -910,7 +1048,7 @@ def test_real_preferences_are_read_whole_and_batches_of_them_have_little_padding
     tokens = 0
     for batch in data.batches(rows, lengths, 32, 0, 1):
         for part in utils.split_micro_batches(batch, lengths, 8):
-            slots += reward.pair_scores(no_model, rows, part, forwards, "cpu")[1]
+            slots += reward.answer_scores(no_model, rows, part, forwards, "cpu")[1]
         for which in ("chosen", "rejected"):
             tokens += rows.lengths(which)[batch].sum()
     padding = 1 - tokens / slots
@@ -934,6 +1072,8 @@ def test_toy_is_exactly_checkable_and_a_third_of_its_demonstrations_is_wrong():
     assert 0.62 < np.mean(accuracy) < 0.68
     for prompt, right in {"reverse abc": "cba", "upper abc": "ABC", "sort cab": "abc"}.items():
         assert tasks.toy_accuracy(prompt, right) == 1
+    conversation = "Human: copy abc\nAssistant: abc\nHuman: upper abc\nAssistant:"
+    assert tasks.toy_accuracy(conversation, "ABC") == 1, "the last question counts"
     for prompt, wrong in {"first abc": "ab", "copy abc": "abcc"}.items():
         assert tasks.toy_accuracy(prompt, wrong) == 0
 

@@ -7,6 +7,7 @@ plain loops over one row, and each script has one in float64.
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -60,8 +61,8 @@ def test_pairs_get_the_same_scores_in_one_forward_or_in_four(toy_file, tok):
             for which in ("chosen", "rejected"):
                 tokens, lengths = data.pad([rows.prompt(i) + rows.answer(i, which)])
                 one_by_one.append(model.score(tokens, lengths).item())
-        one, _ = reward.pair_scores(model, rows, range(9), 1, "cpu")
-        four, slots = reward.pair_scores(model, rows, range(9), 4, "cpu")
+        one, _ = reward.answer_scores(model, rows, range(9), 1, "cpu")
+        four, slots = reward.answer_scores(model, rows, range(9), 4, "cpu")
     torch.testing.assert_close(one, torch.tensor(one_by_one).view(9, 2), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-5)
     real_tokens = 0
@@ -69,6 +70,80 @@ def test_pairs_get_the_same_scores_in_one_forward_or_in_four(toy_file, tok):
         real_tokens += 2 * len(rows.prompt(i))
         real_tokens += len(rows.answer(i, "chosen")) + len(rows.answer(i, "rejected"))
     assert real_tokens <= slots < 1.3 * real_tokens, "the padding is counted too"
+
+
+RANKS = [  # of the answers of a row, best first; 0: there is none
+    [1, 2, 0, 0, 0],
+    [1, 2, 3, 4, 5],
+    [1, 1, 2, 0, 0],
+    [1, 2, 2, 3, 3],
+    [1, 1, 1, 1, 2],
+]
+
+
+def pairs_by_hand(scores, ranks):
+    """Counts of a row's pairs of answers, and the margins of those of which one is better."""
+    counts = dict.fromkeys(("agree", "oppose", "tied_ranks", "tied_scores", "all"), 0)
+    margins = []
+    answers = [k for k, rank in enumerate(ranks) if rank]
+    for a, b in itertools.combinations(answers, 2):
+        counts["all"] += 1
+        counts["tied_ranks"] += ranks[a] == ranks[b]
+        counts["tied_scores"] += scores[a] == scores[b]
+        if ranks[a] != ranks[b]:
+            better, worse = (a, b) if ranks[a] < ranks[b] else (b, a)
+            margins.append(scores[better] - scores[worse])
+            counts["agree"] += scores[better] > scores[worse]
+            counts["oppose"] += scores[better] < scores[worse]
+    return counts, margins
+
+
+def tau_by_hand(scores, ranks):
+    """Kendall's tau-b of one row (Kendall 1945)."""
+    counts, _ = pairs_by_hand(scores, ranks)
+    untied_ranks = counts["all"] - counts["tied_ranks"]
+    untied_scores = counts["all"] - counts["tied_scores"]
+    if untied_scores == 0:
+        return 0.0
+    return (counts["agree"] - counts["oppose"]) / math.sqrt(untied_ranks * untied_scores)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_loss_of_a_ranking_is_a_mean_over_its_comparisons(ties):
+    ranks = torch.tensor(RANKS)
+    g = torch.Generator().manual_seed(3)
+    scores = torch.randn(ranks.shape, generator=g, dtype=torch.float64) * 2
+    if ties:
+        scores = scores.round()
+        scores[3] = 1.0
+    scores[ranks == 0] = 0
+    losses = []
+    accuracies = []
+    taus = []
+    for row, row_ranks in zip(scores.tolist(), RANKS):
+        counts, margins = pairs_by_hand(row, row_ranks)
+        losses.append(np.mean([math.log(1 + math.exp(-margin)) for margin in margins]))
+        accuracies.append(counts["agree"] / len(margins))
+        taus.append(tau_by_hand(row, row_ranks))
+    better, worse, weights = reward.comparisons(scores, ranks)
+    assert len(better) == 1 + 10 + 2 + 8 + 4, "a tie is no comparison"
+    loss = reward.pairwise_loss(better, worse, weights).item()
+    assert loss == pytest.approx(np.mean(losses), rel=1e-6)
+    accuracy = reward.weighted_mean(better > worse, weights).item()
+    assert accuracy == pytest.approx(np.mean(accuracies), rel=1e-6)
+    tau = reward.kendall_tau(scores, ranks)
+    assert tau.tolist() == pytest.approx(taus, rel=1e-6)
+    if not ties:  # in neither scores nor ranks
+        assert tau[:2].tolist() == pytest.approx([2 * a - 1 for a in accuracies[:2]], rel=1e-6)
+
+
+def test_kendalls_tau_of_known_rankings():
+    ranks = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 1, 2, 0], [1, 2, 3, 0]])
+    scores = torch.tensor(
+        [[9.0, 5, 2, 1], [1, 2, 3, 4], [4, 3, 1, 2], [3, 2, 1, 0], [7, 7, 7, 0]])
+    # Five of six agree and one does not; two agree, and the ranks tie one of three; no order.
+    assert reward.kendall_tau(scores, ranks).tolist() == pytest.approx(
+        [1, -1, 4 / 6, 2 / math.sqrt(2 * 3), 0])
 
 
 # -----------------------------------------------------------------------------
@@ -519,6 +594,15 @@ def test_lines_past_the_checkpoint_that_a_run_resumes_from_are_dropped(tmp_path)
     assert path.read_text() == "", "a run from the start drops them all"
 
 
+def test_what_is_logged_is_in_its_file_at_once(tmp_path):
+    utils.init_distributed(0)
+    log = utils.Log(ppo.Config(out=str(tmp_path)), 3, {"score": ".3f"})
+    log(1, {"score": 0.5})
+    log.samples([{"iteration": 1, "answer": "a"}])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / name).read_text().count("\n") == 1, f"{name}: a killed run must keep it"
+
+
 def test_a_file_that_is_being_replaced_is_the_old_one_until_it_is_the_new_one(
         tmp_path, monkeypatch):
     path = tmp_path / "run.json"
@@ -903,6 +987,20 @@ def test_sft_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_path)
     assert distance(got, lm, exact_policy(start)) < 5e-4
 
 
+def test_the_held_out_loss_of_sft_is_a_mean_over_answer_tokens(chain, toy_file, tok):
+    folder, metrics = chain["sft"]
+    lm = exact_policy(folder)  # as it was saved, after the last step
+    _, held_out = data.load(toy_file, "sft", "", 0.2, TEMPLATE, tok, 64)
+    logprobs = []
+    with torch.no_grad():
+        for i in range(len(held_out)):
+            prompt = held_out.prompt(i)
+            logprobs.append(exact_logprobs(lm, prompt, held_out.answer(i, "response"))[0])
+    loss = -torch.cat(logprobs).mean().item()
+    assert metrics[-1]["held_out_loss"] == pytest.approx(loss, rel=1e-4)
+    assert metrics[-1]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
+
+
 @pytest.fixture
 def started(monkeypatch):
     """The models that DeepSpeed is given to train, and copies of them as they were then."""
@@ -962,6 +1060,122 @@ def test_reward_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_pa
     assert abs(np.mean(all_scores) - np.mean(chosen_scores)) > 1e-3
     assert saved.offset == pytest.approx(np.mean(chosen_scores), abs=1e-4)
     assert saved.scale == pytest.approx(1 / np.std(all_scores, ddof=1), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def rankings(tmp_path_factory):
+    """Rows of 2 to 5 ranked answers with ties, and pairs: the rows, and a file of them."""
+    rows = []
+    for i, row in enumerate(itertools.islice(tasks.toy(), 160)):
+        right, wrong = row["chosen"], row["rejected"]
+        answers = [wrong, right, right + "ab", "b" + right, wrong + "c"][: 2 + i % 4]
+        new = {"prompt": f"{row['prompt']} {i}", "answers": answers}  # each prompt is there once
+        if i % 8 == 0:
+            new = {"prompt": new["prompt"], "chosen": right, "rejected": wrong}
+        elif i % 2:
+            new["ranks"] = [3, 1, 2, 2, 4][: len(answers)]
+        else:
+            new["scores"] = [0, 2.5, 1, 1, -1][: len(answers)]
+        rows.append(new)
+    return rows, write_rows(tmp_path_factory.mktemp("rankings") / "rankings.jsonl", rows)
+
+
+def exact_ranking(model, tok, row):
+    """Scores of the answers of a row of a file, and their ranks; the best answer is first."""
+    if "chosen" in row:
+        answers, ranks = [row["chosen"], row["rejected"]], [1, 2]
+    else:
+        answers = row["answers"]
+        ranks = row.get("ranks") or [-score for score in row["scores"]]
+    prompt = tok(TEMPLATE.format(prompt=row["prompt"]))["input_ids"]
+    scores = []
+    for answer in answers:
+        ids = tok(" " + answer if answer else "")["input_ids"]
+        scores.append(model(prompt + ids + [tok.eos_token_id])[-1])
+    order = sorted(range(len(answers)), key=lambda k: ranks[k])
+    return torch.stack([scores[k] for k in order]), [ranks[k] + 10 for k in order]
+
+
+def test_reward_takes_the_steps_of_a_second_version_on_rankings(
+        chain, rankings, tok, tmp_path, started):
+    raw, path = rankings
+    flags = dict(STEPS, model=chain["sft"][0], data=path, epochs=0.3, micro_batch=3, lr=1e-3)
+    metrics = train(reward, tmp_path / "reward", **flags)
+    [(trained, start)] = started
+    start.model.save_pretrained(tmp_path / "start")
+    model = ExactRewardModel(tmp_path / "start")
+    adam = Adam(model.model, 1e-8)
+    train_rows, held_out = data.load(path, "reward", "", 0.2, TEMPLATE, tok, flags["max_len"])
+    by_prompt = {tuple(tok(TEMPLATE.format(prompt=row["prompt"]))["input_ids"]): row for row in raw}
+    lengths = train_rows.lengths_to_compare().max(1)
+    batches = data.steps(train_rows, lengths, flags["batch_size"], 1)
+
+    def ranked(rows, i):
+        return exact_ranking(model, tok, by_prompt[tuple(rows.prompt(i))])
+
+    for step, row in enumerate(metrics):
+        _, indices = next(batches)
+        losses = []
+        margins = []
+        accuracies = []
+        levels = []
+        for i in indices:
+            scores, ranks = ranked(train_rows, i)
+            counts, own_margins = pairs_by_hand(scores, ranks)
+            own_margins = torch.stack(own_margins)
+            losses.append(torch.log1p((-own_margins).exp()).mean())
+            margins.append(own_margins.mean().item())
+            accuracies.append(counts["agree"] / len(own_margins))
+            levels.append(2 * scores.mean())
+        loss = torch.stack(losses).mean()
+        centering = 0.003 * torch.stack(levels).square().mean()
+        norm = adam.step(loss + centering, 1e-3 * exact_schedule(step, len(metrics)))
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert row["margin"] == pytest.approx(np.mean(margins), rel=1e-3, abs=1e-5)
+        assert row["accuracy"] == pytest.approx(np.mean(accuracies), abs=1e-6)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert len(metrics) == 4
+    assert distance(trained, model.model, start) < 1e-3
+
+    with torch.no_grad():
+        held = [ranked(held_out, i) for i in range(len(held_out))]
+        known = [ranked(train_rows, i)[0] for i in range(len(train_rows))]
+    counted = [pairs_by_hand(scores.tolist(), ranks) for scores, ranks in held]
+    accuracy = np.mean([counts["agree"] / len(margins) for counts, margins in counted])
+    tau = np.mean([tau_by_hand(scores.tolist(), ranks) for scores, ranks in held])
+    assert metrics[-1]["held_out_accuracy"] == pytest.approx(accuracy, abs=1e-5)
+    assert metrics[-1]["held_out_tau"] == pytest.approx(tau, abs=1e-5)
+    assert metrics[-1]["held_out_pairs"] == sum(len(margins) for _, margins in counted)
+    saved = ExactRewardModel(tmp_path / "reward")
+    best = np.mean([scores[0].item() for scores in known])
+    assert saved.offset == pytest.approx(best, abs=1e-4), "the best answer, the first of equals"
+    every = torch.cat(known).numpy()
+    assert saved.scale == pytest.approx(1 / np.std(every, ddof=1), rel=1e-3)
+
+
+def test_a_pair_and_a_ranking_of_two_give_the_same_run_bit_for_bit(chain, tmp_path):
+    pairs = []
+    ranked = []
+    for i, row in enumerate(itertools.islice(tasks.toy(), 120)):
+        prompt, right, wrong = row["prompt"], row["chosen"], row["rejected"]
+        pairs.append({"prompt": prompt, "chosen": right, "rejected": wrong})
+        if i % 2:
+            ranked.append({"prompt": prompt, "answers": [wrong, right], "ranks": [2, 1]})
+        else:
+            ranked.append({"prompt": prompt, "answers": [right, wrong], "scores": [0.5, -3]})
+    flags = dict(STEPS, model=chain["sft"][0], epochs=0.4, micro_batch=3)
+    runs = {}
+    for name, rows in {"pairs": pairs, "ranked": ranked}.items():
+        path = write_rows(tmp_path / f"{name}.jsonl", rows)
+        metrics = train(reward, tmp_path / name, data=path, **flags)
+        keys = ("loss", "accuracy", "margin", "grad_norm", "held_out_accuracy", "held_out_loss")
+        assert len(metrics) == 4 and "held_out_tau" not in metrics[-1]
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        runs[name] = (
+            [[row.get(key) for key in keys] for row in metrics],
+            (tmp_path / name / "model.safetensors").read_bytes(),
+            config["score_offset"], config["score_scale"])
+    assert runs["pairs"] == runs["ranked"]
 
 
 # What the second version of PPO and ppo.py are given.
@@ -1254,6 +1468,21 @@ def test_the_reward_model_learns_which_answer_was_chosen(chain, tmp_path):
     assert metrics[-1]["held_out_accuracy"] == 1
     assert metrics[-1]["held_out_margin"] > 1
     assert metrics[-1]["margin"] > metrics[0]["margin"] + 1
+
+
+def test_the_reward_model_learns_a_ranking_of_four(chain, tmp_path):
+    rows = []
+    for i in range(100):
+        answers = ["best", "good", "fair", "poor"]
+        scores = [4, 3, 2, 1]
+        turn = i % 4
+        answers = answers[turn:] + answers[:turn]
+        scores = scores[turn:] + scores[:turn]
+        rows.append({"prompt": f"number {i}", "answers": answers, "scores": scores})
+    path = write_rows(tmp_path / "rankings.jsonl", rows)
+    metrics = train(reward, tmp_path / "rm", data=path, model=chain["sft"][0], epochs=5, **STEPS)
+    assert metrics[-1]["held_out_accuracy"] > 0.95 and metrics[-1]["held_out_tau"] > 0.9
+    assert metrics[0]["accuracy"] < 0.9, "at the start it does not know"
 
 
 def test_what_is_rewarded_becomes_likelier(flags, tmp_path):
