@@ -5,7 +5,6 @@ A model folder is what transformers' `from_pretrained` loads, with nothing of ou
 Dimension key:  B batch, T = P prompt + A answer, N answer tokens of a batch, E model width.
 """
 import contextlib
-import errno
 import json
 import math
 import shutil
@@ -17,16 +16,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from utils import UserError, flag_of, print0
+from utils import UserError, disk_problem, first_line, flag_of, print0
 
 # -----------------------------------------------------------------------------
 # model folders in
-
-
-def first_line(error):
-    """The first line of an error's message; without a message, the name of its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def require_folder(path):
@@ -752,24 +745,6 @@ def move_into(new, out):
             shutil.rmtree(target)
         file.rename(target)
     new.rmdir()
-
-
-def disk_problem(folder, error):
-    """What keeps files from being written to a folder, in words; None where the error is of
-    another kind. torch and safetensors raise errors of their own, without an errno."""
-    from safetensors import SafetensorError
-
-    text = str(error)
-    folder = Path(folder)
-    while not folder.exists():
-        folder = folder.parent
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left" in text or shutil.disk_usage(folder).free < 2**20:
-        return "the disk is full"
-    from_torch = "inline_container" in text or "PytorchStreamWriter" in text
-    if from_torch or isinstance(error, (OSError, SafetensorError)):
-        return f"the folder is not writable ({first_line(error)})"
-    return None
 
 
 def write_adapters(lm, adapters, folder):

@@ -18,16 +18,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from models import (
+from models import gathered, is_adapter, on_rank0, parse_lora, read_run_json
+from utils import (
+    Inputs,
+    UserError,
+    atomic_write,
     disk_problem,
+    dtype_of,
     first_line,
-    gathered,
-    is_adapter,
-    on_rank0,
-    parse_lora,
-    read_run_json,
+    is_rank0,
+    print0,
+    short_hash,
+    writing,
 )
-from utils import Inputs, UserError, atomic_write, dtype_of, is_rank0, print0, short_hash
 
 # -----------------------------------------------------------------------------
 # DeepSpeed
@@ -974,10 +977,8 @@ class Checkpoint:
         path = Path(self.cfg.out) / "run.json"
         run = read_run_json(self.cfg.out)
         run["finished"] = True
-        try:
+        with writing(path):
             atomic_write(path, json.dumps(run, indent=1))
-        except OSError as error:
-            raise UserError(f"{path}: {disk_problem(self.cfg.out, error)}") from None
         shutil.rmtree(self.folder, ignore_errors=True)
         if FolderLock.file:
             FolderLock.file.close()

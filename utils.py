@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib
 import inspect
@@ -30,6 +31,12 @@ import torch.distributed as dist
 
 class UserError(ValueError):
     """A mistake that a user can fix. Only its message is printed: what was wrong and what to do."""
+
+
+def first_line(error):
+    """The first line of an error's message; without a message, the name of its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def is_rank0():
@@ -244,6 +251,10 @@ def stop(line, code):
     os._exit(code)
 
 
+# What gloo and NCCL say in a collective when the process of another rank has ended.
+LOST_RANK = r"Connection (closed|reset) by peer|Broken pipe|remote process exit"
+
+
 def run(main, Config):
     """The last line of a script. A user's mistake prints one sentence and exits with code 2;
     anything else is a bug and shows its traceback.
@@ -262,6 +273,10 @@ def run(main, Config):
         stop("\nstopped by Ctrl-C", 130)
     except BrokenPipeError:  # of a script's own print
         stop("error: what read the standard output has ended", 2)
+    except RuntimeError as error:
+        if not re.search(LOST_RANK, str(error)):
+            raise
+        stop("error: another rank has ended; its own message, or the launcher's, says why", 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -458,7 +473,7 @@ class Totals:
 
 
 # -----------------------------------------------------------------------------
-# logs
+# files and logs
 
 
 def git(*arguments):
@@ -508,6 +523,40 @@ class Clock:
         return seconds
 
 
+def disk_problem(folder, error):
+    """What keeps files from being written to a folder, in words; None where the error is of
+    another kind. torch and safetensors raise errors of their own, without an errno."""
+    from safetensors import SafetensorError
+
+    text = str(error)
+    number = getattr(error, "errno", None)
+    folder = Path(folder)
+    while not folder.exists():
+        folder = folder.parent
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in text or shutil.disk_usage(folder).free < 2**20:
+        return "the disk is full"
+    if number == errno.EFBIG or "File too large" in text:
+        return "a file has reached the largest size that is allowed (ulimit -f)"
+    if "unexpected pos" in text or "file write failed" in text:  # torch does not say why
+        return f"a file is not written to its end, as on a full disk ({first_line(error)})"
+    from_torch = "inline_container" in text or "PytorchStreamWriter" in text
+    if from_torch or isinstance(error, (OSError, SafetensorError)):
+        return f"the folder is not writable ({first_line(error)})"
+    return None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Around what writes a file of a run: an error of the disk becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        problem = disk_problem(Path(path).parent, error)
+        message = f"{path} cannot be written: {problem}. When this is fixed, go on with --resume"
+        raise UserError(message) from None
+
+
 def atomic_write(path, text):
     """Whenever the process ends, the file is the old one or the new one, never half of it."""
     new = Path(f"{path}.new")
@@ -548,11 +597,12 @@ class Log:
         self.interactive = sys.stdout.isatty()
         if not is_rank0():
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_record(self.out, cfg, start)
-        if start == 0:  # a run that never came to a checkpoint may have left some
-            (self.out / "samples.jsonl").unlink(missing_ok=True)
-        self.file = append_lines(self.out / "metrics.jsonl", "step", start)
+        with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_record(self.out, cfg, start)
+            if start == 0:  # a run that never came to a checkpoint may have left some
+                (self.out / "samples.jsonl").unlink(missing_ok=True)
+            self.file = append_lines(self.out / "metrics.jsonl", "step", start)
         self.sample_file = None
         names = " ".join(f"{name:>{self.width(name)}}" for name in columns)
         print0(f"{'step':>{self.step_width}} {names}   left")
@@ -568,19 +618,21 @@ class Log:
         """Writes to the file only. Values that are not finite are left out."""
         if is_rank0():
             finite = {k: v for k, v in metrics.items() if v is not None and np.isfinite(v)}
-            self.file.write(json.dumps({"step": step, **finite}) + "\n")
-            self.file.flush()
+            with writing(self.out / "metrics.jsonl"):
+                self.file.write(json.dumps({"step": step, **finite}) + "\n")
+                self.file.flush()
 
     def samples(self, rows):
         """Appends rows, which hold their "iteration", to OUT/samples.jsonl."""
         if not is_rank0():
             return
-        if self.sample_file is None:
-            path = self.out / "samples.jsonl"
-            self.sample_file = append_lines(path, "iteration", self.start)
-        for row in rows:
-            self.sample_file.write(json.dumps(row) + "\n")
-        self.sample_file.flush()
+        path = self.out / "samples.jsonl"
+        with writing(path):
+            if self.sample_file is None:
+                self.sample_file = append_lines(path, "iteration", self.start)
+            for row in rows:
+                self.sample_file.write(json.dumps(row) + "\n")
+            self.sample_file.flush()
 
     def __call__(self, step, metrics):
         """Writes and prints a step, which counts from 1. Ranks other than 0 do nothing."""
