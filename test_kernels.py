@@ -291,6 +291,12 @@ def test_a_sequence_never_reads_its_neighbours(device, dtype):
     assert torch.equal(clean, got), "tokens of another sequence changed this one's attention"
 
 
+def test_alibi_tells_far_positions_apart_in_bfloat16_too():
+    slopes = torch.tensor([1.0, 0.25])
+    bias = kernels.alibi(slopes, torch.arange(400), torch.bfloat16)
+    assert bias[0].tolist() == list(range(400)), "bfloat16 itself cannot count beyond 256"
+
+
 def check_decode(device, dtype, lengths, C, H, K, D, window, slopes, softcap=0.0):
     B = len(lengths)
     slots = B + 1
@@ -625,7 +631,7 @@ def test_a_sampled_token_is_appended_and_may_end_its_row(name, device):
     slots = torch.tensor([4, 1, 5, 0], device=device)  # of these rows; nobody has slots 2 and 3
     rows.max_lengths[5] = 4
     rows.done[0] = True
-    eos = torch.tensor([2, 4999, 14, 77], device=device)
+    eos = torch.tensor([2, 4999, 15, 77], device=device)  # 14 would not end a row
     before = [x.cpu().clone() for x in rows]
     getattr(kernels, name)(logits.to(device), slots, rows, eos, 1.0)
     tokens, logprobs, lengths, max_lengths, keys, done = before
@@ -780,6 +786,19 @@ def test_float32_logits_of_a_bfloat16_model(half, monkeypatch):
     for name, x, y, dtype in zip(NAMES, got, want, dtypes):
         assert x.dtype == dtype
         assert_close(x, y, dtype, f"{half}: {name}")
+
+
+def test_the_gradient_of_a_bfloat16_weight_is_added_up_in_float32(monkeypatch):
+    """A thousand equal rows, one at a time: a sum in bfloat16 would stay at 256 times the first."""
+    monkeypatch.setattr(kernels.TokenLogprobs, "CHUNK", {"cpu": 8})
+    row = draw(1, 4).bfloat16()
+    weight = draw(8, 4, seed=1).bfloat16().requires_grad_()
+    gradients = []
+    for n in (1, 1000):
+        targets = torch.zeros(n, dtype=torch.long)
+        logprobs, _ = kernels.token_logprobs(row.repeat(n, 1), weight, targets)
+        gradients += torch.autograd.grad(logprobs.sum(), weight)
+    assert_close(gradients[1] / 1000, gradients[0], torch.bfloat16, "gradient of weight")
 
 
 @pytest.mark.skipif(not kernels.FLOAT32_RESULTS, reason="this PyTorch has no such product")
