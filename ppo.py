@@ -74,7 +74,8 @@ class Config:
     tp: int = 1                    # ranks that share one copy of the model while they generate
     # PPO
     iterations: int = 32           # rollouts
-    batch_size: int = 512          # prompts per rollout, over all ranks
+    batch_size: int = 512          # answers per rollout, over all ranks
+    answers_per_prompt: int = 1    # how many of them are to the same prompt
     ppo_epochs: int = 1            # epochs over each rollout
     minibatches: int = 4           # optimizer steps per epoch
     micro_batch: int = 0           # rows per rank and forward; 0: the rank's share of a minibatch
@@ -113,6 +114,11 @@ class Config:
             raise utils.UserError(
                 f"--batch-size {self.batch_size} cannot be divided by "
                 f"--minibatches {self.minibatches}"
+            )
+        if self.batch_size % self.answers_per_prompt:
+            raise utils.UserError(
+                f"--batch-size {self.batch_size} cannot be divided by "
+                f"--answers-per-prompt {self.answers_per_prompt}"
             )
         if self.critic_warmup >= self.iterations:
             raise utils.UserError(
@@ -816,7 +822,7 @@ def samples_for_log(batch, iteration, scorers, task):
 
 def print_plan(cfg, step_rows, micro_batch, accumulation_steps):
     utils.print0(
-        f"step 3: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.ppo_epochs} epochs "
+        f"step 3: {cfg.iterations} iterations of {cfg.batch_size} answers, {cfg.ppo_epochs} epochs "
         f"x {cfg.minibatches} steps of {step_rows} rows = {dist.get_world_size()} ranks x "
         f"{accumulation_steps} x {micro_batch}"
     )
@@ -905,7 +911,8 @@ def main(cfg):
     restore_normalization(scorers, state)
     mix = PretrainingMix(cfg, template, tokenizer, max_len, state.get("mix_steps", 0))
     # pool=1: not sorted by length, so that all minibatches of a rollout are alike
-    batches = data.steps(train, train.lengths(), cfg.batch_size, cfg.seed, start, pool=1)
+    prompts = cfg.batch_size // cfg.answers_per_prompt  # per rollout
+    batches = data.steps(train, train.lengths(), prompts, cfg.seed, start, pool=1)
     before = state.get("before") or evaluate_now()
     columns = {"score": ".3f", "kl": ".3f", "entropy": ".3f", "length": ".1f", "clip_frac": ".3f"}
     if task:
@@ -923,7 +930,7 @@ def main(cfg):
         training.set_lr(actor, actor_lr)
         if critic:
             training.set_lr(critic, cfg.critic_lr * lr_scale)
-        _, indices = next(batches)
+        indices = np.repeat(next(batches)[1], cfg.answers_per_prompt)
         # A seed for each answer, so that it does not matter which rank samples it.
         seeds = [hash((cfg.seed, iteration, i)) for i in range(cfg.batch_size)]
 

@@ -116,6 +116,8 @@ FLAGS = {
     "ppo --model tiny": "--model tiny: its weights are random, .*",
     "ppo --batch-size 10 --minibatches 3":
         "--batch-size 10 cannot be divided by --minibatches 3",
+    "ppo --answers-per-prompt 3":
+        "--batch-size 512 cannot be divided by --answers-per-prompt 3",
     "ppo --critic-warmup 32":
         "--critic-warmup 32 leaves no iteration for the actor: --iterations is 32",
     "ppo --max-new-tokens 512":

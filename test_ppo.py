@@ -1614,6 +1614,21 @@ def test_in_its_warmup_only_the_critic_learns(flags, tmp_path):
     assert metrics[2]["critic_loss"] < metrics[1]["critic_loss"]
 
 
+def test_several_answers_to_a_prompt_stand_side_by_side_and_differ(flags, tmp_path, monkeypatch):
+    calls = record_rollouts(monkeypatch)
+    more = dict(iterations=2, batch_size=16, max_new_tokens=8, answers_per_prompt=4)
+    train(ppo, tmp_path / "p", **(flags | more))
+    batches = [batch for _, _, batch in calls if len(batch) == 16]
+    assert len(batches) == 2
+    for batch in batches:
+        groups = [set(batch.prompts[i : i + 4]) for i in range(0, 16, 4)]
+        assert all(len(group) == 1 for group in groups), "the same prompt"
+        assert len(set.union(*groups)) == 4, "of each group another"
+        for i in range(0, 16, 4):
+            assert len(set(batch.answers[i : i + 4])) > 1, "not the same answer"
+    assert not set(batches[0].prompts) & set(batches[1].prompts), "an epoch has each prompt once"
+
+
 def test_an_evaluation_is_the_mean_over_held_out_prompts_with_its_standard_error(
         one_step, tmp_path, monkeypatch):
     calls = record_rollouts(monkeypatch)

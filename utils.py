@@ -186,6 +186,7 @@ NOT_NEGATIVE = ("at least 0", lambda x: x >= 0)
 POSITIVE = ("above 0", lambda x: x > 0)
 NUMBERS = {
     "actor_lr": NOT_NEGATIVE,  # 0: only the critic learns
+    "answers_per_prompt": COUNT,
     "batch_size": COUNT,
     "clip": POSITIVE,
     "critic_lr": NOT_NEGATIVE,
