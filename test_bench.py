@@ -559,10 +559,15 @@ def test_every_recipe_learns():
         assert row["gold"] > row["gold_before"] + 0.1, row
 
 
-def test_killed_runs_end_as_if_nothing_had_happened():
-    for row in result("kills"):
-        assert row["same"], row
-        assert len(row["rows_logged_at_each_kill"]) == 20, row
+def test_disturbed_runs_end_as_if_nothing_had_happened():
+    rows = result("faults")
+    assert {(row["script"], row["zero"]) for row in rows} == {
+        (script, zero) for script in ("sft", "reward", "ppo") for zero in (0, 2)}
+    assert sum(len(row["faults"]) for row in rows) == 60
+    for row in rows:
+        assert row["same"] and all(row["same"]), row
+        for fault in row["faults"]:
+            assert fault["said"] or fault["fault"] == "kill -9" or fault["exit_code"] == 0
 
 
 def test_ppo_on_real_weights_improves_the_score_and_stays_close():
@@ -571,6 +576,15 @@ def test_ppo_on_real_weights_improves_the_score_and_stays_close():
     before_se, after_se = real["eval_score_se"]
     assert after - before > 2 * np.hypot(before_se, after_se)
     assert real["eval_kl"][1] < 15
+
+
+def test_the_tests_notice_nearly_all_mutants():
+    rows = result("mutants")["mutants"]
+    assert len(rows) >= 100
+    assert sum(row["noticed"] for row in rows) >= 95
+    for row in rows:
+        assert row["old"] != row["new"], row
+        assert row["by"] or not row["noticed"], row
 
 
 def test_compiled_kernels_spill_nothing():
