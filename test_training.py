@@ -1463,6 +1463,21 @@ def test_a_disk_that_is_full_at_a_checkpoint_gets_one_sentence_and_the_one_befor
     assert short_run(dataclasses.replace(cfg, resume=True))[0] == 2
 
 
+def test_a_checkpoint_that_another_rank_gives_up_gets_one_sentence(tmp_path, monkeypatch):
+    real_save = torch.save
+
+    def save(state, path, *args, **kwargs):
+        if Path(path).parent.name == "3.new":
+            shutil.rmtree(Path(path).parent)  # as a rank does for which the disk is full
+        real_save(state, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    message = "checkpoint of step 3 cannot be written: another rank, which .* step 2 stays"
+    with pytest.raises(UserError, match=message):
+        short_run(Flags(out=str(tmp_path)))
+    assert saved_steps(tmp_path) == [1, 2]
+
+
 def limit_file_size_at(last, room):
     def at_step(step):
         if step == last:

@@ -895,6 +895,8 @@ class Checkpoint:
             self.write_files(new, state)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
             problem = disk_problem(self.folder, error)
+            if isinstance(error, FileNotFoundError) or "Parent directory" in str(error):
+                problem = "another rank, which could not write its part, has removed it"
             shutil.rmtree(new, ignore_errors=True)
             if problem is None:
                 raise
