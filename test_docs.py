@@ -6,6 +6,7 @@ and what only several ranks can do wrong.
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import shlex
 import sys
@@ -275,11 +276,11 @@ def without_signs(lines):
     return "".join(line[1:] + "\n" for line in lines.splitlines())
 
 
-def apply_recipe(title, folder):
-    """Imports ppo.py with a recipe's changes, as a module."""
+def apply_recipe(title, folder, hunks=None):
+    """Imports ppo.py with a recipe's changes, or only some of them, as a module."""
     source = (HERE / "ppo.py").read_text()
     original = source.splitlines(keepends=True)
-    for old, new in recipes()[title]:
+    for old, new in hunks or recipes()[title]:
         for line in old.splitlines(keepends=True):
             assert original.count(line) == 1, f"this line is not once in ppo.py:\n{line}"
         assert source.count(old) == 1, f"these lines are not once in ppo.py:\n{old}"
@@ -287,6 +288,7 @@ def apply_recipe(title, folder):
     for line in source.splitlines():
         assert len(line) <= 100, line
     name = "recipe_" + re.sub(r"\W", "_", title)
+    folder.mkdir(exist_ok=True)
     path = folder / f"{name}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(name, path)
@@ -350,7 +352,7 @@ def test_a_recipe_applies_trains_and_changes_what_is_learned(title, flags, plain
     assert ("critic_loss" in metrics[1]) == has_critic, message
 
 
-def grouped_advantages(title, flags, folder):
+def first_batch(title, flags, folder):
     """The advantages of a recipe's first rollout, and what they were made of: Batch after
     estimate_advantages."""
     module = apply_recipe(title, folder)
@@ -366,6 +368,12 @@ def grouped_advantages(title, flags, folder):
     flags = flags | dict(iterations=1, batch_size=16) | flags_of_recipe(title)
     train(module, folder / "run", **flags)
     [batch] = batches
+    return batch
+
+
+def grouped_batch(title, flags, folder):
+    """The same of a recipe that compares the answers to a prompt."""
+    batch = first_batch(title, flags, folder)
     for group in range(4):
         prompts = set(batch.prompts[4 * group : 4 * group + 4])
         assert len(prompts) == 1, "four answers to a prompt"
@@ -374,7 +382,7 @@ def grouped_advantages(title, flags, folder):
 
 
 def test_rloo_compares_an_answer_with_the_mean_of_the_three_others(flags, tmp_path):
-    batch = grouped_advantages("RLOO", flags, tmp_path)
+    batch = grouped_batch("RLOO", flags, tmp_path)
     outcomes = batch.rewards.sum(1).tolist()
     raw = []
     for i, outcome in enumerate(outcomes):
@@ -386,7 +394,7 @@ def test_rloo_compares_an_answer_with_the_mean_of_the_three_others(flags, tmp_pa
 
 
 def test_grpo_divides_by_the_standard_deviation_of_a_prompts_scores(flags, tmp_path):
-    batch = grouped_advantages("GRPO", flags, tmp_path)
+    batch = grouped_batch("GRPO", flags, tmp_path)
     [scores] = batch.scores.values()
     penalized = (scores - 1.0 * ~batch.finished).tolist()
     for i, score in enumerate(penalized):
@@ -396,6 +404,152 @@ def test_grpo_divides_by_the_standard_deviation_of_a_prompts_scores(flags, tmp_p
         n = int(batch.answer_lens[i])
         assert batch.advantages[i, :n].tolist() == pytest.approx([advantage] * n, abs=1e-4)
         assert (batch.advantages[i, n:] == 0).all()
+
+
+def test_drgrpo_centers_scores_and_divides_by_a_constant(flags, tmp_path):
+    batch = grouped_batch("Dr.GRPO", flags, tmp_path / "a")
+    [scores] = batch.scores.values()
+    penalized = (scores - 1.0 * ~batch.finished).tolist()
+    for i, score in enumerate(penalized):
+        first = i // 4 * 4
+        advantage = score - np.mean(penalized[first : first + 4])
+        expected = advantage * batch.mask[i].float()
+        torch.testing.assert_close(batch.advantages[i], expected, rtol=0, atol=1e-4)
+
+    def gradient_norm(name, recipe):
+        one_step = dict(iterations=1, batch_size=16, minibatches=1, ppo_epochs=1)
+        module = apply_recipe("Dr.GRPO", tmp_path / name, recipe)
+        return train(module, tmp_path / name, **(flags | one_step), answers_per_prompt=4)[1]
+
+    whole = recipes()["Dr.GRPO"]
+    mean = gradient_norm("mean", whole[:-1])  # a mean over tokens, as PPO's
+    drgrpo = gradient_norm("sum", whole)
+    tokens = mean["length"] * 16
+    expected = mean["actor_grad_norm"] * tokens / (16 * flags["max_new_tokens"])
+    assert drgrpo["actor_grad_norm"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_reinforce_plus_plus_sums_the_rewards_from_a_token_on(flags, tmp_path):
+    batch = first_batch("REINFORCE++", flags, tmp_path)
+    to_go = torch.zeros_like(batch.rewards)
+    for i, row in enumerate(batch.rewards.tolist()):
+        for t in range(len(row)):
+            to_go[i, t] = sum(row[t:])
+    torch.testing.assert_close(batch.advantages, ppo.whiten(to_go, batch.mask))
+
+
+def test_two_lambdas_are_one_for_the_critic_and_by_length_for_the_actor(flags, tmp_path):
+    batch = first_batch("Two lambdas", flags, tmp_path)
+    raw = torch.zeros_like(batch.rewards)
+    for i, n in enumerate(batch.answer_lens.tolist()):
+        rewards = batch.rewards[i].tolist()
+        values = batch.values[i].tolist()[:n] + [0.0]
+        errors = [rewards[t] + values[t + 1] - values[t] for t in range(n)]
+        for t in range(n):
+            assert batch.returns[i, t].item() == pytest.approx(sum(rewards[t:n]), abs=1e-4)
+            raw[i, t] = sum((1 - 1 / n) ** (k - t) * errors[k] for k in range(t, n))
+    expected = ppo.whiten(raw, batch.mask)
+    torch.testing.assert_close(batch.advantages, expected, rtol=1e-3, atol=1e-3)
+
+
+def clip_higher(ratio, advantage, logprob):
+    loss = max(-advantage * ratio, -advantage * min(max(ratio, 0.8), 1.28))
+    return min(loss, -3 * advantage) if advantage < 0 else loss
+
+
+def cispo(ratio, advantage, logprob):
+    return -min(ratio, 1.2) * advantage * logprob
+
+
+@pytest.mark.parametrize("title, loss_of_token", [
+    ("Clip-higher, dual clip", clip_higher), ("CISPO", cispo)])
+def test_the_loss_of_a_recipe_is_that_of_a_loop_over_tokens(title, loss_of_token, tmp_path):
+    module = apply_recipe(title, tmp_path)
+    g = torch.Generator().manual_seed(5)
+    old, change, advantages = (torch.randn(6, 9, generator=g) for _ in range(3))
+    mask = torch.rand(6, 9, generator=g) < 0.7
+    advantages = advantages * mask
+    logprobs = (old + change).requires_grad_()
+    losses = []
+    for i, t in mask.nonzero().tolist():
+        ratio = math.exp(logprobs[i, t].item() - old[i, t].item())
+        losses.append(loss_of_token(ratio, advantages[i, t].item(), logprobs[i, t].item()))
+    loss = module.actor_loss(logprobs, old, advantages, mask, 0.2)
+    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
+    loss.backward()
+    ratio = (logprobs - old).exp().detach()
+    if title == "CISPO":  # the weight has no gradient, and no token is without one
+        expected = -ratio.clamp(max=1.2) * advantages / mask.sum()
+    else:
+        above = (advantages > 0) & (ratio > 1.28)
+        below = (advantages < 0) & ((ratio < 0.8) | (ratio > 3))
+        expected = -ratio * advantages / mask.sum() * ~(above | below)
+        assert (above & mask).any() and (below & (ratio > 3) & mask).any()
+    torch.testing.assert_close(logprobs.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gspo_has_one_ratio_for_each_answer_and_answers_weigh_the_same(flags, tmp_path):
+    batch = grouped_batch("GSPO", flags, tmp_path)
+    reference = grouped_batch("GRPO", flags, tmp_path)
+    torch.testing.assert_close(batch.advantages, reference.advantages)
+
+    module = apply_recipe("GSPO", tmp_path)
+    g = torch.Generator().manual_seed(5)
+    old, change = (torch.randn(6, 9, generator=g) for _ in range(2))
+    mask = torch.rand(6, 9, generator=g) < 0.7
+    advantages = torch.randn(6, 1, generator=g) * mask  # the same for all tokens of an answer
+    logprobs = old + change
+    losses = []
+    for i in range(6):
+        tokens = mask[i].nonzero().flatten().tolist()
+        ratio = math.exp(np.mean([change[i, t].item() for t in tokens]))
+        advantage = advantages[i, tokens[0]].item()
+        losses.append(-min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage))
+    loss = module.actor_loss(logprobs, old, advantages, mask, 0.2)
+    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_gspo_does_not_depend_on_micro_batches(flags, tmp_path):
+    module = apply_recipe("GSPO", tmp_path)
+    flags = flags | dict(iterations=1, batch_size=16, answers_per_prompt=4)
+    rows = []
+    for micro_batch in (0, 1):
+        out = tmp_path / f"{micro_batch}"
+        rows.append(train(module, out, **flags, micro_batch=micro_batch)[1])
+    assert rows[0]["actor_grad_norm"] == pytest.approx(rows[1]["actor_grad_norm"], rel=1e-3)
+
+
+def test_dynamic_sampling_leaves_out_prompts_whose_answers_all_score_the_same(flags, tmp_path):
+    rules = tmp_path / "rules.py"
+    rules.write_text("def rule(completions):\n    return [float('a' in c) for c in completions]\n")
+    module = apply_recipe("Dynamic sampling", tmp_path)
+    scored, used = [], []
+    real_score, real_update = module.score, module.update
+
+    def score(batch, *arguments):
+        real_score(batch, *arguments)
+        scored.append(batch)
+
+    def update(batch, *arguments):
+        used.append(batch)
+        return real_update(batch, *arguments)
+
+    module.score, module.update = score, update
+    more = dict(reward=f"{rules}:rule", batch_size=16, answers_per_prompt=4)
+    train(module, tmp_path / "run", **(flags | more))
+
+    def groups(batch):
+        [scores] = batch.scores.values()
+        return list(zip(batch.prompts[::4], scores.view(-1, 4).tolist()))
+
+    left_out = 0
+    for all_of_them, batch in zip(scored, used, strict=True):
+        told = [pair for pair in groups(all_of_them) if len(set(pair[1])) > 1]
+        flat = [pair for pair in groups(all_of_them) if len(set(pair[1])) == 1]
+        assert len(told) + len(flat) == 8
+        assert groups(batch) == (told + flat)[:4]
+        left_out += len(flat)
+    assert left_out > 0, "else this shows nothing"
 
 
 class Killed(Exception):
