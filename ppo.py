@@ -197,11 +197,23 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, score_clip):
     """-kl_coef * log(policy / reference) at every sampled token, and the clipped score at the last
     one (InstructGPT, eq. 2). scores (B,). The result carries no gradient: KL acts as a reward."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
-    position = torch.arange(mask.size(1), device=mask.device)
-    last = (position * mask).argmax(1)  # (B,) where each row's last sampled token is
     rows = torch.arange(len(scores), device=mask.device)
-    rewards[rows, last] += scores.clamp(-score_clip, score_clip)
+    rewards[rows, last_sampled(mask)] += scores.clamp(-score_clip, score_clip)
     return rewards.detach()
+
+
+def last_sampled(mask):
+    """The column of each row's last sampled token, (B,)."""
+    position = torch.arange(mask.size(1), device=mask.device)
+    return (position * mask).argmax(1)
+
+
+def move_to_tokens(rewards, token_scores, mask):
+    """Moves what process rewards have given from the end of each answer to its tokens, in place.
+    The sum of a row stays."""
+    rows = torch.arange(len(rewards), device=mask.device)
+    rewards[rows, last_sampled(mask)] -= token_scores.sum(1)
+    rewards += token_scores
 
 
 def gae(values, rewards, mask, gamma, lam):
@@ -264,6 +276,8 @@ class Batch:
     ref_logprobs: torch.Tensor = None  # (B, A)
     values: torch.Tensor = None        # (B, A)
     scores: dict = field(default_factory=dict)  # name of the scorer -> (B,)
+    token_scores: dict = field(default_factory=dict)  # of process rewards: name -> (B, A), which
+    #   add up to the scores
 
     # filled by estimate_advantages
     kl: torch.Tensor = None            # (B,) log(policy / reference), summed over each answer
@@ -395,7 +409,7 @@ class Scorer:
     name: str
     weight: float
     model: torch.nn.Module = None  # a frozen RewardModel
-    function: object = None        # (prompts, answers, row fields) -> list of floats
+    function: object = None        # (prompts, answers, row fields) -> list of scores
     mean: float = 0.0
     std: float = 1.0
 
@@ -443,10 +457,26 @@ def score_frozen(batch, ref, scorers, cfg, parts):
                 batch.scores[scorer.name][part] = models.last_token(values, b.lengths)
     batch.sum_over_ranks("ref_logprobs")
     for scorer in scorers:
-        if scorer.function and dist.get_rank() == 0:  # the others have zeros: it is a sum
-            result = scorer.function(batch.prompts, batch.answers, batch.row_fields)
-            batch.scores[scorer.name] += torch.tensor(result, device=device)
-        dist.all_reduce(batch.scores[scorer.name])
+        if scorer.function:
+            score_by_function(batch, scorer)
+        else:
+            dist.all_reduce(batch.scores[scorer.name])
+
+
+def score_by_function(batch, scorer):
+    """Fills in the scores of a Python function, which rank 0 calls once for the whole rollout."""
+    ids = []
+    for row, p, mask in zip(batch.tokens.tolist(), batch.prompt_lens.tolist(), batch.mask.tolist()):
+        ids.append([token for token, sampled in zip(row[p:], mask) if sampled])
+    row_fields = batch.row_fields | {"completion_ids": ids}
+    result = models.on_rank0(scorer.function, batch.prompts, batch.answers, row_fields)
+    totals = [sum(score) if isinstance(score, list) else score for score in result]
+    batch.scores[scorer.name] += torch.tensor(totals, device=batch.tokens.device)
+    if totals != result:  # a process reward
+        token_scores = torch.zeros_like(batch.sample_logprobs)                      # (B, A)
+        for i, score in enumerate(result):
+            token_scores[i, batch.mask[i]] = torch.tensor(score, device=token_scores.device)
+        batch.token_scores[scorer.name] = token_scores
 
 
 def answer_values(critic, batch):
@@ -500,6 +530,10 @@ def estimate_advantages(batch, scorers, cfg):
     batch.rewards = token_rewards(
         penalized, logprobs, batch.ref_logprobs, batch.mask, cfg.kl_coef, SCORE_CLIP
     )
+    for scorer in scorers:
+        if scorer.name in batch.token_scores:
+            token_scores = batch.token_scores[scorer.name] * scorer.weight / scorer.std
+            move_to_tokens(batch.rewards, token_scores, batch.mask)
     advantages, batch.returns = gae(batch.values, batch.rewards, batch.mask, GAMMA, LAM)
     batch.advantages = whiten(advantages, batch.mask)
 
@@ -723,6 +757,17 @@ def check_functions(cfg, scorers, dataset):
             scorer.function.check_parameters(dataset.field_names())
 
 
+def load_task(cfg, dataset):
+    """The checker of the task that --data names, else --reward: a RewardFunction; or None."""
+    names = [cfg.data] + [source for source, _ in parse_reward(cfg.reward)]
+    for name in names:
+        if tasks.is_task(name):
+            task = tasks.load_function(name)
+            task.check_parameters(dataset.field_names())
+            return task
+    return None
+
+
 def load_critic(cfg, tokenizer, vocab_size, dtype):
     """From --critic, else from the first reward model in --reward, else --model with a new head."""
     path = cfg.critic
@@ -758,10 +803,8 @@ def longest_row(actor, critic, scorers, cfg):
 def gold_accuracy(batch, task):
     """For each answer: 1.0 if the task's exact checker accepts it and it ends with EOS, else 0.0.
     No model is trained on this: it is the "gold" reward of Gao et al. 2022."""
-    accuracy = []
-    for prompt, answer, finished in zip(batch.prompts, batch.answers, batch.finished.tolist()):
-        accuracy.append(task.check(prompt, answer) * finished)
-    return accuracy
+    is_right = task(batch.prompts, batch.answers, batch.row_fields)
+    return [right * finished for right, finished in zip(is_right, batch.finished.tolist())]
 
 
 def evaluate(sampler, held_out, ref, scorers, cfg, micro_batch, tokenizer, task, name="eval"):
@@ -887,7 +930,7 @@ def main(cfg):
         cfg.data, "ppo", cfg.split, cfg.held_out, template, tokenizer, max_prompt_len, cfg.columns
     )
     check_functions(cfg, scorers, train)
-    task = tasks.TASKS.get(cfg.data)
+    task = load_task(cfg, train)
 
     # ---- engines ----
     step_rows = cfg.batch_size // cfg.minibatches

@@ -341,9 +341,9 @@ def rename_columns(row, names):
 
 def read_task_or_function(source):
     """Rows of a task, or of 'file.py:function', a function without arguments that yields rows."""
-    path = Path(tasks.__file__)
-    if source in tasks.TASKS:
-        function = tasks.TASKS[source].rows
+    task = tasks.find_task(source)
+    if task:
+        function, path = task.rows, Path(tasks.__file__)
     else:
         function, path = tasks.import_function(source, source)
     try:
@@ -498,6 +498,10 @@ def read_text_file(source, kind):
 
 def find_reader(source):
     """The function that reads a source. Raises UserError for what is wrong with it by its name."""
+    task = tasks.find_task(source)
+    if task and not task.rows:
+        raise UserError(f"{source} is only a checker, for --reward: its rows come from a file or "
+                        "the hub, such as --data openai/gsm8k:main:train")
     if tasks.is_function(source):
         return read_task_or_function
     path = Path(source)

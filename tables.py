@@ -421,8 +421,8 @@ def faults_section(rows, path):
         "or lets no file grow any more, as on a full disk. The run is resumed, and struck again. "
         f"With {code_of(rows)}, all {ends} runs that reached their end equal an undisturbed one "
         "bit for bit: weights, answers and logged numbers but for times "
-        f"([{path.name}]({path.name})). Every run that ended for another reason than `kill -9` "
-        "said so in one sentence.",
+        f"([{path.name}]({path.name})). Every run that SIGTERM or a full disk ended before its "
+        "last step said so in one sentence.",
         "",
         *table(header, lines),
     ]

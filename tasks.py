@@ -1,35 +1,52 @@
 """Tasks with an exact checker, and functions that users write.
 
-A task is a name for rows and a checker: `toy` is rows to train on, and a function that says
-exactly whether an answer is right. Its name can be given as a source (--data toy) and as a
-reward (--reward toy); its accuracy is logged as `gold`. To add a task, write a generator of rows
-and a checker, and put them into TASKS. Without an edit of this file, --data file.py:function reads
-rows from a generator of yours, and --reward file.py:function scores with a function of yours.
+A task is a name for rows and a checker, a reward function that says exactly whether an answer is
+right. Its name can be given as a source (--data countdown) and as a reward (--reward countdown);
+its accuracy is logged as `gold`.
+
+    toy             six skills on short words, with careless labellers
+    countdown       reach a number with three others
+    gsm8k           only a checker; the rows come from the hub or a file, as in
+                    --data openai/gsm8k:main:train --reward gsm8k
+    reasoning_gym:NAME    any task of the package reasoning-gym
+
+To add a task, write a generator of rows and a checker, and put them into TASKS. Without an edit of
+this file, --data file.py:function reads rows from a generator of yours, and --reward
+file.py:function scores with a function of yours.
 
 A reward function is called as TRL calls one, so the same function works in both: by keyword, with
-`prompts` and `completions` (lists of text) and one list for each field of the rows that is not
-text for the model. It gets those that its signature names, or all of them if it has **kwargs. It
-returns one finite number for each completion.
+`prompts` and `completions` (lists of text), `completion_ids` (lists of the token ids that the
+policy sampled, EOS included) and one list for each field of the rows that is not text for the
+model. It gets those that its signature names, or all of them if it has **kwargs. It returns one
+finite number for each completion. A process reward returns in its place a list with one number for
+each sampled token, or {position: number} for some of them.
 
     def short(completions, **kwargs):
         return [-len(completion) for completion in completions]
 
     def exact(completions, answer):  # for rows with a field `answer`
         return [float(c.strip() == a) for c, a in zip(completions, answer)]
+
+    def no_repetition(completion_ids):  # a process reward
+        return [[-float(a == b) for a, b in zip([None, *ids], ids)] for ids in completion_ids]
 """
+import ast
 import copy
 import functools
 import hashlib
 import importlib.util
 import inspect
 import math
+import operator
 import random
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Callable
 
@@ -122,17 +139,154 @@ def toy_accuracy(prompt, answer):
     return float(answer.strip() == right)
 
 
+def toy_checker(prompts, completions):
+    return [toy_accuracy(prompt, answer) for prompt, answer in zip(prompts, completions)]
+
+
+# -----------------------------------------------------------------------------
+# countdown: reach a number with others, each used once at most (Gandhi et al. 2024; TinyZero)
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv}
+
+
+def countdown(n=20_000, wrong=0.5):
+    """Yields {prompt, response, chosen, rejected, nums, target}, the same rows on every machine.
+
+    The response uses the three numbers, and misses the target in half of the rows. Of the pair,
+    `chosen` reaches it and `rejected` does not.
+    """
+    rng = random.Random(0)
+
+    def attempt(nums):
+        a, b, c = rng.sample(nums, 3)
+        text = f"{a}{rng.choice('+-*')}{b}{rng.choice('+-*')}{c}"
+        return text, evaluate(ast.parse(text, mode="eval").body)
+
+    for _ in range(n):
+        nums = [rng.randint(1, 9) for _ in range(3)]
+        chosen, target = attempt(nums)
+        while not 1 <= target <= 99:
+            chosen, target = attempt(nums)
+        rejected, value = attempt(nums)
+        while value == target:
+            rejected, value = attempt(nums)
+        prompt = f"{target} from {' '.join(map(str, nums))}"
+        response = rejected if rng.random() < wrong else chosen
+        yield {"prompt": prompt, "response": response, "chosen": chosen, "rejected": rejected,
+               "nums": nums, "target": int(target)}
+
+
+def evaluate(node):
+    """The exact value of a parsed expression of numbers, + - * / and parentheses. Raises ValueError
+    for anything else, ZeroDivisionError as usual."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
+    raise ValueError("this is no expression of numbers and + - * /")
+
+
+def countdown_accuracy(answer, nums, target):
+    """1.0 if the answer is an expression, with or without "= target" behind it, that has the value
+    of the target and uses each number once at most; else 0.0. Never runs what it reads."""
+    expression = answer.partition("=")[0].strip()
+    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
+        return 0.0
+    try:
+        value = evaluate(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return 0.0
+    used = Counter(map(int, re.findall("[0-9]+", expression)))
+    return float(value == target and used <= Counter(nums))
+
+
+def countdown_checker(completions, nums, target):
+    rows = zip(completions, nums, target)
+    return [countdown_accuracy(*row) for row in rows]
+
+
+# -----------------------------------------------------------------------------
+# gsm8k: word problems, whose solutions end with "#### 42" (Cobbe et al. 2021)
+
+
+def last_number(text):
+    """The number behind the last "####", else the last one of all: a Fraction, or None."""
+    pattern = r"-?[0-9][0-9,]*(?:\.[0-9]+)?"
+    numbers = re.findall(pattern, text.rpartition("####")[2]) or re.findall(pattern, text)
+    if not numbers:
+        return None
+    number = numbers[0] if "####" in text else numbers[-1]
+    return Fraction(number.replace(",", ""))
+
+
+def gsm8k_checker(completions, answer):
+    right = []
+    for completion, solution in zip(completions, answer):
+        number = last_number(completion[-10_000:])
+        right.append(float(number is not None and number == last_number(solution)))
+    return right
+
+
+# -----------------------------------------------------------------------------
+# the package reasoning-gym, which has a hundred tasks
+
+GYM = "reasoning_gym:"
+GYM_ROWS = 10_000
+
+
+@functools.cache
+def gym_dataset(spec):
+    """The data set that 'reasoning_gym:NAME' stands for. A row depends on its number alone."""
+    try:
+        gym = importlib.import_module("reasoning_gym")
+    except ImportError:
+        raise UserError(f"{spec}: first `pip install reasoning-gym`") from None
+    name = spec.removeprefix(GYM)
+    try:
+        return gym.create_dataset(name, size=GYM_ROWS, seed=0)
+    except ValueError as error:
+        raise UserError(f"{spec}: reasoning-gym has no such task ({error})") from None
+
+
+def gym_rows(spec):
+    for i, entry in enumerate(gym_dataset(spec)):
+        yield {"prompt": entry["question"], "response": entry["answer"], "row": i}
+
+
+def gym_checker(spec, completions, row):
+    dataset = gym_dataset(spec)
+    return [float(dataset.score_answer(c.strip(), dataset[i])) for c, i in zip(completions, row)]
+
+
 # -----------------------------------------------------------------------------
 # the tasks
 
 
 @dataclass(frozen=True)
 class Task:
-    rows: Callable   # () -> an iterable of rows, the same ones at every call
-    check: Callable  # (prompt, answer) -> float, 1.0 for a right answer; no model is trained on it
+    rows: Callable | None  # () -> an iterable of rows, the same ones at every call; None: the rows
+    #   come from somewhere else
+    check: Callable        # a reward function that gives 1.0 for a right answer, else 0.0
 
 
-TASKS = {"toy": Task(rows=toy, check=toy_accuracy)}
+TASKS = {
+    "toy": Task(rows=toy, check=toy_checker),
+    "countdown": Task(rows=countdown, check=countdown_checker),
+    "gsm8k": Task(rows=None, check=gsm8k_checker),
+}
+
+
+def is_task(spec):
+    return spec in TASKS or spec.startswith(GYM)
+
+
+def find_task(spec):
+    """The Task of this name, or None."""
+    if spec.startswith(GYM):
+        gym_dataset(spec)  # says what is wrong with the name
+        return Task(functools.partial(gym_rows, spec), functools.partial(gym_checker, spec))
+    return TASKS.get(spec)
 
 
 # -----------------------------------------------------------------------------
@@ -141,7 +295,7 @@ TASKS = {"toy": Task(rows=toy, check=toy_accuracy)}
 
 def is_function(spec):
     """Whether this names a function: a task, or file.py:function."""
-    return spec in TASKS or ".py:" in spec
+    return is_task(spec) or ".py:" in spec
 
 
 @contextmanager
@@ -225,21 +379,15 @@ def user_lines(error, path):
 def load_function(spec):
     """The RewardFunction that 'file.py:function', or the name of a task, stands for."""
     label = f"--reward {spec}"
-    if spec in TASKS:
-        return RewardFunction(from_checker(TASKS[spec].check), spec, label, Path(__file__))
+    task = find_task(spec)
+    if task:
+        return RewardFunction(task.check, spec, label, Path(__file__))
     if not is_function(spec):
         known = ", ".join(TASKS)
         raise UserError(f"{label}: write file.py:function, or the name of a task ({known})")
     function, path = import_function(spec, label)
     name = spec.partition(".py:")[2]
     return RewardFunction(function, name, label, path)
-
-
-def from_checker(check):
-    """A task's checker as a reward function."""
-    def score(prompts, completions):
-        return [check(prompt, answer) for prompt, answer in zip(prompts, completions)]
-    return score
 
 
 class RewardFunction:
@@ -275,7 +423,7 @@ class RewardFunction:
 
     def check_parameters(self, field_names):
         """Raises a UserError where the function needs a field that the rows do not have."""
-        known = ["prompts", "completions", *field_names]
+        known = ["prompts", "completions", "completion_ids", *field_names]
         for name in self.required:
             if name not in known:
                 message = (f"{self.label}: its parameter {name!r} is not a field of the rows; "
@@ -283,9 +431,10 @@ class RewardFunction:
                 raise UserError(message)
 
     def __call__(self, prompts, completions, fields):
-        """Scores (n,), a list of floats.
+        """n scores. Each is a float; of a process reward a list of floats, one per sampled token.
 
-        prompts, completions: n texts each. fields: {name: n values}, of Rows.fields.
+        prompts, completions: n texts each. fields: {name: n values}, of Rows.fields; and
+        completion_ids, the ids of the sampled tokens.
         """
         self.check_parameters(fields)
         try:
@@ -301,9 +450,40 @@ class RewardFunction:
             message = (f"{self.label}: gave {len(scores)} scores for {len(prompts)} prompts; "
                        "it must return one finite number per completion")
             raise UserError(message)
-        for score, prompt, completion in zip(scores, prompts, completions):
-            self.check_score(score, row_text(prompt, completion))
-        return [float(score) for score in scores]
+        ids = fields.get("completion_ids", [()] * len(scores))
+        result = []
+        for score, prompt, completion, tokens in zip(scores, prompts, completions, ids):
+            row = row_text(prompt, completion)
+            if isinstance(score, dict):
+                score = self.spread(score, len(tokens), row)
+            if isinstance(score, (list, tuple)) or getattr(score, "ndim", 0):
+                result.append(self.process_score(list(score), len(tokens), row))
+            else:
+                result.append(self.check_score(score, row))
+        if 0 < sum(isinstance(score, list) for score in result) < len(result):
+            message = (f"{self.label}: gave lists for some completions and numbers for others; it "
+                       "must return lists for all, or for none")
+            raise UserError(message)
+        return result
+
+    def spread(self, scores, n, row):
+        """{position: number} as a list of n numbers. Negative positions count from the end."""
+        values = [0.0] * n
+        for position, score in scores.items():
+            if not isinstance(position, int) or not -n <= position < n:
+                message = (f"{self.label}: gave a number for position {position!r} {row}, which "
+                           f"has {n} sampled tokens")
+                raise UserError(message)
+            values[position] = score
+        return values
+
+    def process_score(self, scores, n, row):
+        if len(scores) != n:
+            message = (f"{self.label}: gave a list of {len(scores)} numbers {row}, which has {n} "
+                       "sampled tokens; a process reward is one number for each of "
+                       "completion_ids, or {position: number}")
+            raise UserError(message)
+        return [self.check_score(score, row) for score in scores]
 
     def call(self, prompts, completions, fields):
         """What the user's function returns; a list, if it can be made one."""
@@ -334,11 +514,7 @@ class RewardFunction:
         return f"{self.label}: raised {describe(error)} {where}" + user_lines(error, self.path)
 
     def check_score(self, score, row):
-        """Raises a UserError where a score is not one finite number."""
-        if isinstance(score, (list, tuple)) or getattr(score, "ndim", 0):
-            message = (f"{self.label}: gave a list of {len(score)} numbers {row}; "
-                       "only one number per completion can be used so far")
-            raise UserError(message)
+        """A score as a float. Raises a UserError where it is not one finite number."""
         shown = repr(score)
         try:
             value = float(score)
@@ -349,6 +525,7 @@ class RewardFunction:
             message = (f"{self.label}: gave {shown} {row}; "
                        "it must return one finite number per completion")
             raise UserError(message)
+        return value
 
 
 def row_text(prompt, completion):

@@ -5,13 +5,16 @@
 import ast
 import gzip
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
 import stat
 import sys
+import time
 import types
+from fractions import Fraction
 from pathlib import Path
 
 from testing import HERE, SHARED, STORIES, TEMPLATE, ranks, shared, write_rows
@@ -864,7 +867,7 @@ def test_bad_data_gets_one_sentence_that_says_where(case, tmp_path, tok):
 def test_a_name_that_is_nothing_here_says_what_could_be_meant(tmp_path, tok, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     for name in ("toi", "someone/data-2.5-set"):
-        message = rf"{name}: is neither a file nor a task \(toy\); .*first `pip install datasets`"
+        message = rf"{name}: is neither a file nor a task \(toy, .*\); .*`pip install datasets`"
         with pytest.raises(utils.UserError, match=message):
             load_file(name, tok)
     (tmp_path / "folder").mkdir()
@@ -1082,14 +1085,109 @@ def test_a_task_is_rows_and_a_checker(tok, monkeypatch):
     def rows():
         return ({"prompt": f"copy {i}", "response": str(i)} for i in range(100))
 
-    def check(prompt, answer):
-        return float(prompt.split()[-1] == answer)
+    def check(prompts, completions):
+        return [float(p.split()[-1] == c) for p, c in zip(prompts, completions)]
     monkeypatch.setitem(tasks.TASKS, "mini", tasks.Task(rows=rows, check=check))
     train, held_out = load_file("mini", tok)
     assert len(train) + len(held_out) == 100
     function = tasks.load_function("mini")
     assert function.name == "mini"
     assert function(["copy 1", "copy 2"], ["1", "1"], {}) == [1.0, 0.0]
+
+
+def naive_countdown(answer, nums, target):
+    """By trying everything: all expressions of two operators on these numbers, and of one, and
+    none. Only for answers without parentheses and spaces."""
+    values = {}
+    for count in (1, 2, 3):
+        for order in itertools.permutations(nums, count):
+            for ops in itertools.product("+-*/", repeat=count - 1):
+                text = str(order[0]) + "".join(op + str(n) for op, n in zip(ops, order[1:]))
+                try:
+                    values[text] = Fraction(eval(re.sub(r"(\d+)", r"Fraction(\1)", text)))
+                except ZeroDivisionError:
+                    pass
+    return float(values.get(answer) == target)
+
+
+def test_countdown_rows_are_what_they_say():
+    rows = list(itertools.islice(tasks.countdown(), 300))
+    assert rows == list(itertools.islice(tasks.countdown(), 300)), "the same at every call"
+    right = 0
+    for row in rows:
+        numbers = row["nums"], row["target"]
+        assert row["prompt"] == f"{row['target']} from {' '.join(map(str, row['nums']))}"
+        assert tasks.countdown_accuracy(" " + row["chosen"], *numbers) == 1
+        assert tasks.countdown_accuracy(row["rejected"], *numbers) == 0
+        assert sorted(re.findall(r"\d", row["rejected"])) == sorted(map(str, row["nums"]))
+        right += tasks.countdown_accuracy(row["response"], *numbers)
+        for answer in ("7-7+1", row["chosen"], row["rejected"], row["chosen"][:3], "5", "8/0"):
+            expected = naive_countdown(answer, *numbers)
+            assert tasks.countdown_accuracy(answer, *numbers) == expected, (answer, row)
+    assert 0.4 < right / 300 < 0.6
+
+
+@pytest.mark.parametrize("answer, expected", {
+    "(1+2)*8": 1, " ( 1 + 2 ) * 8 = 24": 1, "8/(2/(2*1))": 0, "8*1*2": 0, "(8/2)*1": 0, "24": 0,
+    "8*2+8": 0, "8*2+8*1": 0, "": 0, "=24": 0, "8*(1+2": 0, "8**1+2": 0, "48//2": 0, "-1+2": 0,
+    "__import__('os').system('false')": 0, "9**9**9**9": 0, "8*(1+2)#": 0, "0x8*(1+2)": 0,
+    "8_0": 0, "\u0668*(1+2)": 0, "8*(1+2)\n": 1, "1/0": 0, "(" * 90 + "8" + ")" * 9: 0,
+    "8*(01+2)": 0, "8*(1+2)" + " " * 10_000: 1, "8" * 10_000: 0, "[8*(1+2)]": 0, "8*(1+2.0)": 0,
+}.items())
+def test_the_checker_of_countdown_runs_nothing_and_is_exact(answer, expected):
+    start = time.perf_counter()
+    assert tasks.countdown_accuracy(answer, [8, 2, 1], 24) == expected
+    assert time.perf_counter() - start < 0.2
+
+
+def test_the_checker_of_countdown_divides_exactly():
+    assert tasks.countdown_accuracy("8/(3-8/3)", [8, 8, 3, 3], 24) == 1
+
+
+@pytest.mark.parametrize("completion, expected", {
+    "#### 1,234": 1, "It is 7, no, 1234.": 1, "It is 1234, no, 7": 0, "It is 7, so $1,234": 1,
+    "1234.0": 1, "#### 1234 of 5": 1, "#### none, 1234": 1, "-1234": 0, "": 0, "none": 0,
+    "12 34": 0, "\u0661": 0, "1e3 234": 0,
+}.items())
+def test_the_checker_of_gsm8k_compares_the_last_number(completion, expected):
+    gsm8k = tasks.load_function("gsm8k")
+    answer = "He has 2 * 617 = <<2*617=1234>>1234.\n#### 1234"
+    assert gsm8k(["p"], [completion], {"answer": [answer]}) == [expected]
+
+
+@shared
+def test_the_checker_of_gsm8k_accepts_every_real_solution():
+    lines = [json.loads(line) for line in open(SHARED / "tasks/gsm8k_test.jsonl")]
+    answers = [line["answer"] for line in lines]
+    gsm8k = tasks.load_function("gsm8k")
+    assert gsm8k([""] * len(lines), answers, {"answer": answers}) == [1.0] * len(lines)
+    others = [f"The answer is {i}.5" for i in range(len(lines))]
+    assert sum(gsm8k([""] * len(lines), others, {"answer": answers})) == 0
+
+
+def test_a_checker_without_rows_is_no_source():
+    with pytest.raises(utils.UserError, match="gsm8k is only a checker, for --reward: its rows"):
+        sources.check_sources("gsm8k")
+
+
+def test_reasoning_gym_without_the_package_gets_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    for read in (sources.check_sources, tasks.load_function):
+        with pytest.raises(utils.UserError, match="backward: first `pip install reasoning-gym"):
+            read("reasoning_gym:spell_backward")
+
+
+def test_a_task_of_reasoning_gym_is_rows_and_its_own_scorer(tok):
+    pytest.importorskip("reasoning_gym", reason="pip install reasoning-gym")
+    with pytest.raises(utils.UserError, match="reasoning_gym:no_such: reasoning-gym has no such"):
+        sources.check_sources("reasoning_gym:no_such")
+    rows = list(itertools.islice(tasks.find_task("reasoning_gym:spell_backward").rows(), 5))
+    scorer = tasks.load_function("reasoning_gym:spell_backward")
+    answers = [row["response"] for row in rows]
+    fields = {"row": [row["row"] for row in rows]}
+    assert scorer([""] * 5, answers, fields) == [1.0] * 5
+    assert scorer([""] * 5, answers[::-1], fields)[0] == 0.0
+    assert all(row["prompt"].rpartition(" ")[2][::-1] == row["response"] for row in rows)
 
 
 # -----------------------------------------------------------------------------
@@ -1142,8 +1240,14 @@ def none(completions): return [None for _ in completions]
 def nothing(completions): pass
 def number(completions): return 1.0
 def words(completions): return ["good" for _ in completions]
-def lists(completions): return [[0.1, 0.2] for _ in completions]
-def table(completions): return np.zeros((len(completions), 2))
+def per_token(completion_ids): return [[i / 2 for i in ids] for ids in completion_ids]
+def as_table(completions): return np.array([[1, 0], [0, 2]])
+def by_place(completions): return [{0: 1.5}, {-1: 2, -2: True}]
+def lists(completions): return [[0.1, 0.2, 0.3] for _ in completions]
+def table(completions): return np.zeros((len(completions), 1))
+def far_away(completions): return [{2: 1.0} for _ in completions]
+def nan_inside(completions): return [[0.0, float("nan")] for _ in completions]
+def half(completions): return [[0.0, 1.0], 1.0]
 def first_edition(prompts, answers): return [1.0 for _ in answers]
 def by_position(completions, /): return [1.0 for _ in completions]
 not_callable = 3
@@ -1173,6 +1277,7 @@ def rules(tmp_path):
 PROMPTS = ["copy a", "sort b"]
 COMPLETIONS = ["a", "bb"]
 FIELDS = {"answer": ["a", "b"], "bonus": [5, None]}
+IDS = {"completion_ids": [[5, 2], [6, 2]]}
 
 
 @pytest.mark.parametrize("name, expected", {
@@ -1187,6 +1292,16 @@ def test_a_reward_function_gets_by_name_what_its_signature_takes(name, expected,
     scores = function(PROMPTS, COMPLETIONS, FIELDS)
     assert scores == expected and all(type(score) is float for score in scores)
     assert sys.path == before, "its folder is on the path only while its code runs"
+
+
+@pytest.mark.parametrize("name, expected", {
+    "per_token": [[2.5, 1.0], [3.0, 1.0]], "as_table": [[1.0, 0.0], [0.0, 2.0]],
+    "by_place": [[1.5, 0.0], [1.0, 2.0]],
+}.items())
+def test_a_process_reward_gives_a_number_for_each_sampled_token(name, expected, rules):
+    function = tasks.load_function(f"{rules}:{name}")
+    scores = function(PROMPTS, COMPLETIONS, FIELDS | IDS)
+    assert scores == expected and all(type(x) is float for row in scores for x in row)
 
 
 def test_a_reward_function_gets_copies(rules):
@@ -1212,17 +1327,20 @@ def test_two_functions_of_a_file_share_its_module_and_an_edit_is_read(rules):
     "words": "gave 'good' for prompt 'copy a'",
     "nothing": "returned None, a NoneType; it must return a list",
     "number": "returned 1.0, a float; it must return a list",
-    "lists": "gave a list of 2 numbers for prompt 'copy a'.*only one number per completion",
-    "table": "gave a list of 2 numbers",
+    "lists": "gave a list of 3 numbers for prompt 'copy a'.*which has 2 sampled tokens; a process",
+    "table": "gave a list of 1 numbers",
+    "far_away": "gave a number for position 2 for prompt 'copy a'.*which has 2 sampled tokens",
+    "nan_inside": "gave nan for prompt 'copy a', completion 'a'",
+    "half": "gave lists for some completions and numbers for others",
     "first_edition": "its parameter 'answers' is not a field of the rows; a function can take "
-                     "prompts, completions, answer, bonus, or ",
+                     "prompts, completions, completion_ids, answer, bonus",
     "fails_together": r"raised ZeroDivisionError\(.*\) for 2 prompts at once, but for none",
     "fails_late": r"raised ZeroDivisionError\(.*\) for prompt 'sort b', completion 'bb'",
 }.items())
 def test_a_wrong_reward_function_gets_one_sentence(name, message, rules):
     function = tasks.load_function(f"{rules}:{name}")
     with pytest.raises(utils.UserError, match=message):
-        function(PROMPTS, COMPLETIONS, FIELDS)
+        function(PROMPTS, COMPLETIONS, FIELDS | IDS)
 
 
 def test_a_bug_in_a_reward_function_shows_the_row_and_only_the_users_lines(rules):

@@ -625,8 +625,11 @@ def test_a_file_that_is_being_replaced_is_the_old_one_until_it_is_the_new_one(
 # the phases, one by one
 
 
-def test_advantages_come_from_normalized_and_penalized_scores_and_the_logged_score_does_not():
-    """The constants of ppo.py stand here once more, as numbers."""
+@pytest.mark.parametrize("process", [False, True])
+def test_advantages_come_from_normalized_and_penalized_scores_and_the_logged_score_does_not(
+        process):
+    """The constants of ppo.py stand here once more, as numbers. process: whether the second scorer
+    has given a number for each token."""
     mask, (logprobs, ref_logprobs, values, _) = random_batch(ROWS_WITH_HOLES)
     batch = batch_of(mask=mask, sample_logprobs=logprobs + 1)
     batch.old_logprobs = logprobs
@@ -635,6 +638,10 @@ def test_advantages_come_from_normalized_and_penalized_scores_and_the_logged_sco
     a = torch.tensor([0.5, -0.5, 1.0, 7.0, -3.0], dtype=torch.float64)
     b = torch.tensor([1.0, 2.0, -4.0, 0.0, -7.0], dtype=torch.float64)
     batch.scores = {"a": a, "b": b}
+    if process:
+        each = torch.randn(mask.shape, dtype=torch.float64) * mask
+        each = (each + ((b - each.sum(1)) / mask.sum(1))[:, None]) * mask  # add up to b
+        batch.token_scores = {"b": each}
     scorers = [ppo.Scorer("a", 1.0), ppo.Scorer("b", 0.5, mean=-1.0, std=2.0)]
     metrics = ppo.estimate_advantages(batch, scorers, ppo.Config(kl_coef=0.3))
 
@@ -651,6 +658,10 @@ def test_advantages_come_from_normalized_and_penalized_scores_and_the_logged_sco
         assert batch.kl[row].item() == pytest.approx(sum(log_ratios))
         rewards = [-0.3 * x for x in log_ratios]
         rewards[-1] += min(max(penalized, -5.0), 5.0)
+        if process:  # its share, over its standard deviation, stands at the tokens
+            for t, score in enumerate(sampled(each, mask, row)):
+                rewards[t] += 0.5 * score / 2.0
+                rewards[-1] -= 0.5 * score / 2.0
         assert sampled(batch.rewards, mask, row) == pytest.approx(rewards)
         row_values = sampled(values, mask, row)
         advantages += naive_gae(row_values, rewards, gamma=1.0, lam=0.95)
@@ -1499,8 +1510,8 @@ def mini_rows():
     return [{"prompt": f"copy {i}"} for i in range(200)]
 
 
-def mini_check(prompt, answer):
-    return float("7" not in prompt)
+def mini_check(prompts, completions):
+    return [float("7" not in prompt) for prompt in prompts]
 
 
 def test_gold_is_what_the_checker_says_of_answers_that_ended(one_step, tmp_path, monkeypatch):
@@ -1612,6 +1623,40 @@ def test_in_its_warmup_only_the_critic_learns(flags, tmp_path):
     assert [row["approx_kl"] == 0 for row in metrics[1:]] == [True, True, False]
     assert [row["approx_kl"] == 0 for row in plain[1:]] == [False, False, False]
     assert metrics[2]["critic_loss"] < metrics[1]["critic_loss"]
+
+
+def test_a_process_reward_is_given_at_its_tokens_and_its_sum_is_the_score(
+        one_step, tmp_path, monkeypatch):
+    rules = tmp_path / "rules.py"
+    rules.write_text(
+        "def each(completion_ids):\n"
+        "    return [[float(i % 3) for i in ids] for ids in completion_ids]\n"
+        "def first(completions):\n"
+        "    return [{0: len(c) / 9} for c in completions]\n"
+        "def total(completion_ids):\n"
+        "    return [float(sum(i % 3 for i in ids)) for ids in completion_ids]\n")
+    calls = record_rollouts(monkeypatch)
+    flags = one_step | dict(kl_coef=0.0)
+    reward_flag = f"{rules}:each,{rules}:first"
+    metrics = train(ppo, tmp_path / "p", **(flags | dict(reward=reward_flag)))
+    batch = next(batch for _, _, batch in calls if batch.rewards is not None)
+    tokens = [batch.tokens[i, p : p + a].tolist() for i, (p, a) in enumerate(
+        zip(batch.prompt_lens.tolist(), batch.answer_lens.tolist()))]
+    each = [[i % 3 for i in ids] for ids in tokens]
+    first = [len(answer) / 9 for answer in batch.answers]
+    assert batch.scores["each"].tolist() == pytest.approx([sum(row) for row in each])
+    assert batch.scores["first"].tolist() == pytest.approx(first)
+    std_each = np.std([sum(row) for row in each], ddof=1)
+    std_first = np.std(first, ddof=1)
+    for i, row in enumerate(each):
+        rewards = [x / std_each for x in row[:-1]]
+        if rewards:
+            rewards[0] += first[i] / std_first
+        got = batch.rewards[i, : len(rewards)].tolist()
+        assert got == pytest.approx(rewards, abs=1e-4), "and the rest stands at the last token"
+    total = train(ppo, tmp_path / "t", **(flags | dict(reward=f"{rules}:total,{rules}:first")))
+    assert metrics[0]["eval_score"] == pytest.approx(total[0]["eval_score"])
+    assert metrics[1]["score"] == pytest.approx(total[1]["score"])
 
 
 def test_several_answers_to_a_prompt_stand_side_by_side_and_differ(flags, tmp_path, monkeypatch):
