@@ -24,6 +24,7 @@ import demo
 import ppo
 import reward
 import sft
+import tasks
 import training
 import utils
 
@@ -159,7 +160,7 @@ def test_the_comment_behind_a_field_is_its_help_and_one_above_it_its_group(capsy
 
 def shown_commands():
     """(script, flags) of every command in the README and in the docstrings."""
-    text = README + "".join(module.__doc__ for module in SCRIPTS.values())
+    text = RECIPES + "".join(module.__doc__ for module in SCRIPTS.values())
     text = text.replace("\\\n", " ")
     launcher = r"(?:python|torchrun[^\n`]*?|deepspeed[^\n`]*?)"
     return re.findall(rf"\b{launcher} +({'|'.join(SCRIPTS)})\.py([^\n`]*)", text)
@@ -310,6 +311,11 @@ def test_the_readme_has_the_recipes_that_are_not_flags():
     assert set(recipes()) >= {
         "RLOO", "GRPO", "KL in the loss", "Adaptive KL", "Old log-probabilities from the sampler",
         "Truncated importance sampling", "A price for length"}
+
+
+def test_every_recipe_has_been_measured():
+    measured = {row["name"] for row in read_results("recipes")}
+    assert measured == {"PPO", *recipes()}
 
 
 @pytest.mark.parametrize("title", recipes())
@@ -594,6 +600,31 @@ def test_with_the_samplers_old_logprobs_the_numbers_are_nearly_those_of_the_trai
         assert row["engine_gap_max"] == 0, "the sampler's are the old ones: there is no gap"
     single = train(module, tmp_path / "one", **(flags | dict(minibatches=1, ppo_epochs=1)))
     assert single[1]["ratio_max"] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_calculator_of_the_recipes_calls_and_is_called(chain, tmp_path):
+    [text] = re.findall(r"```python\n(# calculator\.py\n.*?)```", RECIPES, re.S)
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert len(lines) <= 25
+    path = tmp_path / "calculator.py"
+    path.write_text(text.replace("20_000", "300"))
+    sums, alone, calculate, correct = (
+        tasks.import_function(f"{path}:{name}", "")[0]
+        for name in ("sums", "alone", "calculate", "correct"))
+    row, without = next(sums()), next(alone())
+    a, b = map(int, re.findall(r"\d+", row["prompt"]))
+    assert row == {"prompt": f"{a} + {b} =", "response": f"[{a}+{b}]", "sum": str(a + b)}
+    assert without["response"] == row["sum"]
+    assert calculate(row, row["response"]) == row["sum"]
+    assert calculate(row, row["sum"]) is None and calculate(row, f"[{a}+{b}") is None
+    answers = {f" [1+2]{row['sum']}]": 1, f" {row['sum']}": 1, f"[1+2]{a}": 0, f"1{row['sum']}": 0}
+    assert correct(list(answers), [row["sum"]] * 4) == list(answers.values())
+
+    flags = dict(STEPS, data=f"{path}:sums", max_len=64)
+    train(sft, tmp_path / "calls", epochs=0.05, **flags)
+    more = dict(PPO_STEPS, model=str(tmp_path / "calls"), reward=chain["reward"][0], iterations=1)
+    metrics = train(ppo, tmp_path / "p", **(flags | more), respond=f"{path}:calculate")
+    assert len(metrics) == 2
 
 
 # -----------------------------------------------------------------------------
