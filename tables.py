@@ -572,11 +572,56 @@ def mutants_section(record, path):
     return section
 
 
+def tool_section(record, path):
+    lines = []
+    for row in record["rows"]:
+        cells = [row["name"], f"{row['sft_steps']}", f"{row['before']:.1%}"]
+        after = "nothing to learn from" if row["after"] is None else f"**{row['after']:.1%}**"
+        lines.append([*cells, after])
+    return [
+        "## A tool between turns",
+        "",
+        "The [calculator](../RECIPES.md#a-tool-between-turns): held-out sums of two numbers with "
+        "four digits that are right before and after 12 iterations of PPO, sampled at temperature "
+        f"1, on a CPU ({record['processor']}, one thread), one seed, with {code_of(record)} "
+        f"([{path.name}]({path.name})). Alone, the same model is trained on the sums themselves "
+        "(`--data calculator.py:alone`), five times as long.",
+        "",
+        *table(["", "SFT steps", "right after SFT", "right after PPO"], lines),
+    ]
+
+
+def countdown_section(record, path):
+    lines = []
+    for row in record["rows"]:
+        cells = [f"{row['step']}", f"{row['gold']:.1%}", f"{row['kl']:.2f}"]
+        lines.append(cells)
+    return [
+        "## Countdown",
+        "",
+        "Reach a number with three others, each used once at most. The built-in model is trained "
+        "from scratch on demonstrations of which half miss the target, then with the exact checker "
+        "as reward and a new critic:",
+        "",
+        "```sh",
+        *record["commands"],
+        "```",
+        "",
+        "Held-out prompts that are solved at temperature 1, on a CPU "
+        f"({record['processor']}, one thread), one seed, with {code_of(record)} "
+        f"([{path.name}]({path.name})):",
+        "",
+        *table(["iteration", "gold accuracy", "KL, nats per answer"], lines),
+    ]
+
+
 OTHER_SECTIONS = {
     "demo": demo_section,
     "guard": guard_section,
     "sweep": sweep_section,
     "recipes": recipes_section,
+    "tool": tool_section,
+    "countdown": countdown_section,
     "real-data": real_data_section,
     "faults": faults_section,
     "kernels-compile": compiled_section,

@@ -559,6 +559,18 @@ def test_every_recipe_learns():
         assert row["gold"] > row["gold_before"] + 0.1, row
 
 
+def test_a_tool_solves_what_the_model_alone_does_not():
+    tool, alone = result("tool")["rows"]
+    assert tool["before"] > 0.7 and tool["after"] > tool["before"] + 0.03
+    assert alone["before"] < 0.01 and alone["after"] is None
+    assert alone["sft_steps"] >= 4 * tool["sft_steps"]
+
+
+def test_the_checker_of_countdown_teaches():
+    first, *_, last = result("countdown")["rows"]
+    assert first["gold"] < 0.25 and last["gold"] > first["gold"] + 0.1
+
+
 def test_disturbed_runs_end_as_if_nothing_had_happened():
     rows = result("faults")
     assert {(row["script"], row["zero"]) for row in rows} == {
