@@ -594,7 +594,7 @@ def tool_section(record, path):
 def countdown_section(record, path):
     lines = []
     for row in record["rows"]:
-        cells = [f"{row['step']}", f"{row['gold']:.1%}", f"{row['kl']:.2f}"]
+        cells = [f"{row['step']}", f"{row['gold']:.1%}", f"{max(row['kl'], 0):.2f}"]
         lines.append(cells)
     return [
         "## Countdown",
