@@ -205,6 +205,7 @@ def _rank(rank, world, port, folder, function, args):
     torch.set_num_threads(1)
     torch.save(function(*args), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # else its threads may end the process with an error
 
 
 def free_port():
