@@ -559,6 +559,15 @@ def test_every_recipe_learns():
         assert row["gold"] > row["gold_before"] + 0.1, row
 
 
+def test_all_methods_learn_and_none_is_far_ahead():
+    gold = {}
+    for row in result("methods")["rows"]:
+        assert row["gold"] > row["gold_before"] + 0.15, row
+        gold.setdefault(row["method"], []).append(row["gold"])
+    means = [sum(values) / 3 for values in gold.values()]
+    assert max(means) - min(means) < 0.03
+
+
 def test_a_tool_solves_what_the_model_alone_does_not():
     tool, alone = result("tool")["rows"]
     assert tool["before"] > 0.7 and tool["after"] > tool["before"] + 0.03
