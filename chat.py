@@ -44,7 +44,7 @@ class Config:
     # server
     serve: int = 0                 # port of a server: a page, and OpenAI's interface for programs,
     #   which may choose other values than these flags in a request; 0: talk in this terminal
-    host: str = "127.0.0.1"        # address to listen on; others than this one need --api-key
+    host: str = "127.0.0.1"        # address to listen on; 0.0.0.0: from all machines, with a key
     api_key: str = ""              # what clients must give; empty: nothing
     compare: str = ""              # a second model: the page shows answers of both, without their
     #   names, and takes votes

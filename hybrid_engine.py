@@ -886,6 +886,10 @@ class OnlineEngine(HybridEngine):
             self.leave(slot)
         return news
 
+    def can_admit(self):
+        """At once: who waits until an eighth of the slots is free may wait for the longest rows."""
+        return len(self.waiting) > 0 and len(self.running) < len(self.cache.slots)
+
     def decode(self):
         """One token for all running rows. A CUDA graph computes the logits and does not sample:
         how that is done is another mixture in every step."""

