@@ -506,9 +506,15 @@ def test_a_client_that_hangs_up_while_it_waits_leaves_the_queue(small, monkeypat
 
 def test_an_engine_that_fails_is_told_to_all_and_ends_the_server(monkeypatch):
     with serving() as server:
+        model = server.served["lm"]
+
         def step():
-            raise RuntimeError("no memory")
-        monkeypatch.setattr(server.served["lm"].engine, "step", step)
+            if len(model.rows) == 4:  # both requests are here
+                raise RuntimeError("no memory")
+            time.sleep(0.005)
+            return []
+
+        monkeypatch.setattr(model.engine, "step", step)
         bodies = [{"prompt": "x"}, {"prompt": "x", "n": 3}]
         calls = [lambda b=b: request(server, "POST", "/v1/completions", b) for b in bodies]
         for status, reply in in_threads(calls):
