@@ -3,6 +3,7 @@
     python chat.py                        # out/ppo, several turns; an empty line ends it
     python chat.py --model out/sft --prompt "reverse apple"       # one answer, then exit
     python chat.py --model facebook/opt-1.3b --max-new-tokens 200 --temperature 0.7
+    python chat.py --serve 8000           # in the browser, and for programs: see serve.py
 
 Answers are sampled by the engine that PPO uses, and printed token by token. The whole conversation
 is the prompt of the next turn. Ctrl-C ends an answer. Standard output holds the answers and nothing
@@ -12,13 +13,14 @@ import contextlib
 import importlib
 import sys
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 import data
 import models
+import serve
 import utils
 from hybrid_engine import make_engine
 from sources import user
@@ -39,10 +41,19 @@ class Config:
     #   is slower and knows more models
     seed: int = 1                  # of sampling
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, else fp32
+    # server
+    serve: int = 0                 # port of a server: a page, and OpenAI's interface for programs,
+    #   which may choose other values than these flags in a request; 0: talk in this terminal
+    host: str = "127.0.0.1"        # address to listen on; 0.0.0.0: from all machines, with a key
+    api_key: str = ""              # what clients must give; empty: nothing
+    compare: str = ""              # a second model: the page shows answers of both, without their
+    #   names, and takes votes
+    votes: str = "votes.jsonl"     # file that votes are appended to, for reward.py --data
 
     def __post_init__(self):
         utils.check_values(self)
         data.check_template(self.template)
+        serve.check_flags(self)
 
 
 def find_template(cfg, tokenizer):
@@ -159,13 +170,27 @@ def print_answer(texts, screen):
 # the conversation
 
 
-def converse(cfg, screen):
-    """All turns, or the one of --prompt. screen: standard output."""
+def load(cfg):
+    """(language model, tokenizer, template) of --model."""
     utils.quiet_transformers()
     tokenizer = models.load_tokenizer(cfg.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm = models.load_lm(cfg.model, utils.dtype_of(cfg.dtype)).eval().to(device)
-    template = find_template(cfg, tokenizer)
+    return lm, tokenizer, find_template(cfg, tokenizer)
+
+
+def serve_models(cfg):
+    """--serve, for --model and --compare."""
+    server = serve.Server(cfg)
+    loaded = {}
+    for name in filter(None, (cfg.model, cfg.compare)):
+        loaded[name] = load(replace(cfg, model=name, compare=""))
+    serve.run(server, loaded)
+
+
+def converse(cfg, screen):
+    """All turns, or the one of --prompt. screen: standard output."""
+    lm, tokenizer, template = load(cfg)
     engine = make_engine(cfg.engine, lm)
     context = models.context_length(lm.config)
 
@@ -194,7 +219,10 @@ def main(cfg):
         importlib.import_module("readline")  # from now on, input() knows the arrow keys
     screen = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answers
-        converse(cfg, screen)
+        if cfg.serve:
+            serve_models(cfg)
+        else:
+            converse(cfg, screen)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ class KVCache:
         self.decoder = decoder
         self.max_batch = max_batch
         self.kv_gib = kv_gib
+        self.memory_share = 0.8                               # of the free memory, without kv_gib
         self.k_cache = self.v_cache = self.given = None
         self.capacity = None                                  # C
         self.most_slots = None                                # that memory has room for
@@ -139,7 +140,7 @@ class KVCache:
         per_slot = 2 * decoder.num_layers * decoder.num_kv_heads * capacity * decoder.head_dim
         per_slot *= decoder.embed.element_size()                              # bytes
         free = self.free_memory()
-        budget = 0.8 * free
+        budget = self.memory_share * free
         if self.kv_gib:
             budget = self.kv_gib * 2**30
         if per_slot > budget:
@@ -347,7 +348,7 @@ class Requests:
         for row, prompt in zip(self.prompts, prompts):
             row[: len(prompt)] = prompt
         self.keys = keys
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = np.full(N, max_new_tokens)                      # (N,)
         self.out_tokens = torch.zeros(N, capacity, dtype=torch.long, device=device)
         self.out_logprobs = torch.zeros(N, capacity, device=device)           # of each token
         self.out_given = None                                                 # (N, C) bool
@@ -503,7 +504,7 @@ class HybridEngine:
         lengths = self.tensor(lengths)
         cache.tokens[slots, : requests.prompts.shape[1]] = self.tensor(requests.prompts[rows])
         cache.lengths[slots] = lengths
-        cache.max_lengths[slots] = lengths + requests.max_new_tokens
+        cache.max_lengths[slots] = lengths + self.tensor(requests.max_new_tokens[rows])
         cache.keys[slots] = self.tensor(requests.keys[rows])
         cache.done[slots] = False
         if self.respond:
@@ -644,8 +645,15 @@ class HybridEngine:
     def decode_step(self, n):
         """One token for each of the first n slots. It only launches kernels, so that a CUDA graph
         can hold it. Rows that have ended and empty slots are computed too, and change nothing."""
+        slots = self.cache.slots[:n]
+        self.append(self.next_logits(slots), slots)
+        if self.respond:
+            self.put_given(slots)
+
+    def next_logits(self, slots):
+        """Computes the newest token of the first n slots. Returns the logits after it, (n, V)."""
         cache = self.cache
-        slots = cache.slots[:n]
+        n = len(slots)
         lengths = cache.lengths[:n]
         positions = lengths - 1                                               # of the newest token
         tokens = cache.tokens[:n].gather(1, positions[:, None])[:, 0]         # (n,)
@@ -659,9 +667,7 @@ class HybridEngine:
             return kernels.decode_attention(q, k_cache, v_cache, key_lengths, layer.spec)
 
         hidden = self.decoder.forward(tokens, positions, attend)              # (n, E)
-        self.append(self.decoder.logits(hidden), slots)
-        if self.respond:
-            self.put_given(slots)
+        return self.decoder.logits(hidden)
 
     def put_given(self, slots):
         """Where a tool has given the newest token, it takes the place of the sampled one."""
@@ -705,6 +711,21 @@ class HybridEngine:
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         keys = row_keys(seed, len(prompts)).numpy()
+        N = len(prompts)
+        capacity = self.max_len
+        if not capacity:
+            longest = max(map(len, prompts)) + max_new_tokens
+            capacity = 32 * math.ceil(longest / 32)  # so that similar calls have the same
+        self.prepare(N, capacity, eos_token_id)
+        device = self.decoder.device
+        self.requests = Requests(prompts, keys, max_new_tokens, capacity, device)
+        if self.respond:
+            self.requests.out_given = torch.zeros(N, capacity, dtype=torch.bool, device=device)
+        self.waiting = deque(range(N))                                        # rows
+        self.sampling = (temperature, top_k, top_p)
+
+    def prepare(self, rows, capacity, eos_token_id):
+        """Loads the weights, and makes room for so many rows of at most `capacity` tokens."""
         self.stats = {
             "gather_s": 0.0, "prefill_s": 0.0, "decode_s": 0.0,
             "prefill_tokens": 0, "decode_tokens": 0, "decode_steps": 0,
@@ -718,23 +739,14 @@ class HybridEngine:
                 torch.cuda.synchronize()
             self.stats["gather_s"] = time.perf_counter() - start
 
-        N = len(prompts)
-        capacity = self.max_len
-        if not capacity:
-            longest = max(map(len, prompts)) + max_new_tokens
-            capacity = 32 * math.ceil(longest / 32)  # so that similar calls have the same
         has_tools = self.respond is not None
-        self.cache.reserve(min(N, self.max_batch or N), capacity, has_tools)
+        self.cache.reserve(min(rows, self.max_batch or rows), capacity, has_tools)
         self.cache.done.fill_(True)
-        self.decoder.build_rotary(capacity)
-        self.requests = Requests(prompts, keys, max_new_tokens, capacity, device)
         if has_tools:
             self.cache.given.fill_(-1)
-            self.requests.out_given = torch.zeros(N, capacity, dtype=torch.bool, device=device)
-        self.waiting = deque(range(N))                                        # rows
+        self.decoder.build_rotary(capacity)
         self.running = {}                                                     # slot: row
 
-        self.sampling = (temperature, top_k, top_p)
         self.eos_ids = as_tuple(eos_token_id)
         if self.eos_ids not in self.eos_tensors:
             eos = torch.tensor(self.eos_ids, dtype=torch.long, device=device)
@@ -800,6 +812,129 @@ class HybridEngine:
             for name, bandwidth in MEMORY_BANDWIDTH.items():
                 if name in torch.cuda.get_device_name():  # 1: as fast as memory can be read
                     stats["floor_share"] = stats["gb_per_s"] * 1e9 / bandwidth
+
+
+# -----------------------------------------------------------------------------
+# a server's engine
+
+
+class OnlineEngine(HybridEngine):
+    """Generation for a server: prompts come while others are being answered, each with its own
+    sampling. A row gets the tokens that generate() gives to its prompt and key. One thread must own
+    it.
+
+    max_batch: most rows that are decoded at once; max_waiting: most that wait for a slot;
+    memory_share: of the memory that a KV cache may take, where several engines are in one process.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, max_batch, max_len, eos_token_id, max_waiting, memory_share=1.0):
+        super().__init__(model, max_batch=max_batch, max_len=max_len)
+        self.cache.memory_share *= memory_share
+        self.prepare(max_batch, max_len, eos_token_id)
+        device = self.decoder.device
+        S = len(self.cache.slots)
+        N = max_batch + max_waiting
+        # Room for rows to come. Their results do not stay here, so the capacity of these is 0.
+        prompts = np.zeros((N, max_len), dtype=np.int64)
+        self.requests = Requests(prompts, np.zeros(N, dtype=np.int64), 0, 0, device)
+        self.samplings = [None] * N           # of each row: temperature, top_k, top_p
+        self.read_until = [0] * N             # tokens of each row that step() has returned
+        self.free_rows = list(range(N))
+        self.waiting = deque()                # rows
+        self.logits = torch.zeros(S, len(self.decoder.head), device=device)
+
+    def add(self, prompt, key, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
+        """Queues a prompt. key: one of row_keys. Returns its row, a number that is this prompt's
+        until step() says that it has ended, or remove() is called."""
+        row = self.free_rows.pop()
+        requests = self.requests
+        requests.prompts[row, : len(prompt)] = prompt
+        requests.prompt_lens[row] = len(prompt)
+        requests.keys[row] = key
+        requests.max_new_tokens[row] = max_new_tokens
+        self.samplings[row] = (temperature, top_k, top_p)
+        self.read_until[row] = len(prompt)
+        self.waiting.append(row)
+        return row
+
+    def remove(self, row):
+        """Ends a row that nobody waits for any more."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+        else:
+            slot = next(slot for slot in self.running if self.running[slot] == row)
+            self.leave(slot)
+
+    def leave(self, slot):
+        """Its row is gone, and the slot is free."""
+        self.cache.done[slot] = True
+        self.free_rows.append(self.running.pop(slot))
+
+    @torch.no_grad()
+    def step(self):
+        """Prompts enter, all running rows get new tokens, finished rows leave. Returns of each row
+        (row, new tokens, their log-probabilities, whether it has ended)."""
+        if self.can_admit():
+            self.admit()
+        if not self.running:
+            return []
+        self.close_gaps()
+        self.decode()
+        news = self.read()
+        for slot in self.ended_slots():
+            self.leave(slot)
+        return news
+
+    def can_admit(self):
+        """At once: who waits until an eighth of the slots is free may wait for the longest rows."""
+        return len(self.waiting) > 0 and len(self.running) < len(self.cache.slots)
+
+    def decode(self):
+        """One token for all running rows. A CUDA graph computes the logits and does not sample:
+        how that is done is another mixture in every step."""
+        n = self.step_size(max(self.running) + 1)
+        slots = self.cache.slots[:n]
+        if self.use_graphs:
+            self.graphs.run(n, partial(self.write_logits, slots))
+        else:
+            self.write_logits(slots)
+        self.append(self.logits[:n], slots)
+
+    def write_logits(self, slots):
+        self.logits[: len(slots)] = self.next_logits(slots)
+
+    def append(self, logits, slots):
+        """As above, once for all rows that are sampled in the same way."""
+        groups = {}
+        for i, slot in enumerate(slots.tolist()):
+            if slot in self.running:
+                sampling = self.samplings[self.running[slot]]
+                groups.setdefault(sampling, []).append(i)
+        for self.sampling, group in groups.items():
+            index = self.tensor(group)
+            super().append(logits[index], slots[index])
+
+    def read(self):
+        """What step returns."""
+        cache = self.cache
+        slots = list(self.running)
+        rows = list(self.running.values())
+        index = self.tensor(slots)                                            # (n,)
+        lengths = cache.lengths[index].tolist()
+        done = cache.done[index].tolist()
+        first = [self.read_until[row] for row in rows]
+        most = max(length - start for start, length in zip(first, lengths))
+        pos = self.tensor(first)[:, None] + self.tensor(range(most))          # (n, most)
+        pos = pos.clamp(max=cache.capacity - 1)
+        tokens = cache.tokens[index[:, None], pos].tolist()
+        logprobs = cache.logprobs[index[:, None], pos].tolist()
+        news = []
+        for i, row in enumerate(rows):
+            new = lengths[i] - first[i]
+            news.append((row, tokens[i][:new], logprobs[i][:new], done[i]))
+            self.read_until[row] = lengths[i]
+        return news
 
 
 # -----------------------------------------------------------------------------

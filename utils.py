@@ -205,6 +205,7 @@ NUMBERS = {
     "ptx_coef": NOT_NEGATIVE,
     "save_every": NOT_NEGATIVE,
     "seed": NOT_NEGATIVE,
+    "serve": ("a port, from 1 to 65535, or 0", lambda x: 0 <= x < 2**16),
     "temperature": ("0, or at least 0.001", lambda x: x == 0 or x >= 0.001),
     "top_k": NOT_NEGATIVE,
     "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
