@@ -267,16 +267,14 @@ def reward_model_params(s):
 def lora_params(s, lora):
     """Parameters of the adapters that models.add_lora adds: A and B beside each linear layer."""
     options = models.parse_lora(lora)
-    layers = dict.fromkeys(range(s.L), linears(s))
-    sizes = []
-    for layer in layers.values():
-        for name, (inputs, outputs) in layer.items():
-            targets = options["targets"]
-            if not targets or any(models.is_target(name, target) for target in targets):
-                sizes.append(inputs + outputs)
-    if s.embed and not options["targets"]:
-        sizes += 2 * [s.embed + s.E]  # the projections of OPT-350M
-    return options["rank"] * sum(sizes)
+    targets = options["targets"]
+    total = 0
+    for name, (inputs, outputs) in linears(s).items():
+        if not targets or any(models.is_target(name, target) for target in targets):
+            total += s.L * (inputs + outputs)
+    if s.embed and not targets:
+        total += 2 * (s.embed + s.E)  # the projections of OPT-350M
+    return options["rank"] * total
 
 
 def largest_param(s):
@@ -591,15 +589,18 @@ class Trained:
     @property
     def gradients(self):
         """Gradients between two micro batches that do not stay."""
-        if self.kind in ("bf16", "zero3") or self.cfg.offload:
+        if self.kind in ("bf16", "zero3"):
             return 0
-        if self.kind == "zero12" and self.cfg.stage == 2:
-            return 4 * self.shard
+        if self.kind == "zero12" and self.cfg.stage == 2:  # --offload: the sum is on the CPU
+            return 0 if self.cfg.offload else 4 * self.shard
         return 4 * self.trained
 
     @property
     def kept_bucket(self):
-        """ZeRO-3's bucket of gradients stays. On a CPU only what is written to counts."""
+        """ZeRO-3's bucket of gradients stays. On a CPU only what is written to counts. With
+        --offload, ZeRO-1 and 2 have a buffer for the largest gradient on its way to the CPU."""
+        if self.kind == "zero12" and self.cfg.offload:
+            return self.cfg.itemsize * min(self.trained, largest_param(self.shape))
         if self.kind != "zero3":
             return 0
         elements = min(BUCKET, self.trained) if self.cfg.is_cpu else BUCKET
@@ -624,7 +625,7 @@ class Trained:
         if self.kind == "zero3" and self.cfg.is_cpu:
             copies = 2  # gloo sums up a copy of its own
         if self.kind == "bf16":
-            return 2 * self.trained if self.cfg.gpus > 1 else 0
+            return 2 * self.trained
         return copies * self.cfg.itemsize * min(BUCKET, self.trained)
 
     @property
@@ -652,16 +653,17 @@ class Trained:
 
     @property
     def held_in_step(self):
-        """Gradients that a step begins with, until it has copied them."""
-        if self.kind == "zero12":
-            return 0  # the copy replaces them
-        return self.gradients
+        """Gradients that a step begins with. On a CPU ZeRO-1 and 2 have dropped them, and keep
+        their copy, when AdamW makes its temporary tensors."""
+        if self.kind == "zero12" and self.cfg.is_cpu:
+            return 0
+        return self.waiting_gradients
 
     @property
-    def between_steps(self):
+    def waiting_gradients(self):
         """Gradients that wait for the step, after the last micro batch."""
-        if self.kind == "zero12" and not self.cfg.offload:
-            return 4 * self.shard
+        if self.kind == "zero12":
+            return 0 if self.cfg.offload else 4 * self.shard
         return self.gradients
 
     @property
@@ -783,31 +785,29 @@ class Memory:
         and whole weights, or this rank's slices, under ZeRO-3 and tensor parallelism."""
         cfg = self.cfg
         s = self.actor.shape
-        device = "cpu" if cfg.is_cpu else "cuda"
-        rows = cfg.batch_size // cfg.gpus * cfg.tp
-        prompts = cfg.prompt_len * rows
-        tokens = min(prompts, max(PREFILL_TOKENS[device], cfg.prompt_len))
-        prefilled = math.ceil(tokens / cfg.prompt_len)
-        sampled = min(rows, max(prefilled, rows if self.waves == 1 else 1))
         copies = 0
         if cfg.zero == 3 or cfg.tp > 1:
             copies = cfg.itemsize * self.actor.params / cfg.tp
         if cfg.zero == 3:  # gathered one layer at a time
             copies += cfg.itemsize * largest_param(s)
-        moment = {
-            "activations": forward_bytes(s, tokens, cfg.itemsize) / cfg.tp,
-            # logits, and on a CPU float32 copies in sampling
-            "logits": sampled * s.V * (8 + cfg.itemsize if cfg.is_cpu else cfg.itemsize),
-            "buffers": copies,
-        }
+
+        rows = cfg.batch_size // cfg.gpus * cfg.tp
         capacity = 32 * math.ceil(cfg.length / 32)
         dtype = torch.float32 if cfg.itemsize == 4 else torch.bfloat16
         per_slot = kv_bytes(s, capacity, dtype) / cfg.tp + 12 * capacity  # token ids, logprobs
-        taken = sum(self.resident().values()) + copies
-        budget = 0.8 * (cfg.machine.memory * GIB - taken)
-        slots = max(1, min(rows, budget // per_slot))
+        free = cfg.machine.memory * GIB - sum(self.resident().values()) - copies
+        slots = max(1, min(rows, 0.8 * free // per_slot))
         self.waves = rows / slots
-        moment["KV cache"] = slots * per_slot
+
+        most = PREFILL_TOKENS["cpu" if cfg.is_cpu else "cuda"]
+        tokens = min(slots * cfg.prompt_len, max(most, cfg.prompt_len))
+        copy_of_logits = 8 if cfg.is_cpu else 0  # kernels.sample_next: float32, twice
+        moment = {
+            "KV cache": slots * per_slot,
+            "activations": forward_bytes(s, tokens, cfg.itemsize) / cfg.tp,
+            "logits": slots * s.V * (cfg.itemsize + copy_of_logits),
+            "buffers": copies,
+        }
         return self.peak([moment])
 
     def score(self):
@@ -848,7 +848,7 @@ class Memory:
         if is_first and name == "actor":
             waiting = 0
         elif is_first:
-            waiting = other.between_steps
+            waiting = other.waiting_gradients
         before = 0 if is_first else model.gradients
         buffers = model.gathered
         if not self.cfg.is_cpu:
@@ -871,7 +871,7 @@ class Memory:
         return start, end
 
     def step(self, name, model, other_name, other, is_last=False):
-        waiting = 0 if is_last else other.between_steps
+        waiting = 0 if is_last else other.waiting_gradients
         return {
             f"{name}: gradients": model.held_in_step,
             f"{other_name}: gradients": waiting,
@@ -1106,7 +1106,7 @@ def next_change(cfg, memory):
     if cfg.rows > 1:
         return {"micro_batch": cfg.rows // 2}
     if not cfg.offload and not cfg.is_cpu:
-        return {"offload": True}
+        return {"zero": max(2, cfg.zero), "offload": True}  # stage 1 keeps gradients on the GPU
     return None
 
 
@@ -1152,19 +1152,19 @@ def print_memory(cfg, memory):
     actor, critic = memory.actor, memory.critic
     trained = ""
     if actor.lora:
-        trained = f", {actor.trained / 1e6:,.0f} M in adapters are trained"
+        trained = f", of which {actor.trained / 1e6:,.0f} M are trained"
     print(
-        f"actor {cfg.model}: {actor.params / 1e9:.2f} B parameters{trained}; critic "
-        f"{critic.params / 1e9:.2f} B; {cfg.gpus} x {cfg.gpu}, ZeRO {cfg.stage}, "
-        f"{'bf16' if cfg.itemsize == 2 else 'fp32'}, {cfg.micro_batches} micro batches of "
-        f"{cfg.rows} rows per step"
+        f"actor: {actor.params / 1e6:,.0f} M parameters{trained}; critic: "
+        f"{critic.params / 1e6:,.0f} M; {cfg.gpus} x {cfg.gpu}, ZeRO stage {cfg.stage}, "
+        f"{'bf16' if cfg.itemsize == 2 else 'fp32'}; per step and rank {cfg.micro_batches} x "
+        f"{cfg.rows} rows of {cfg.length} tokens"
     )
     phases = memory.phases
     print(f"\n{'GiB per rank':<22}" + "".join(f"{phase:>10}" for phase in phases))
     for part in PARTS:
         print_row(part, [phases[phase][part] for phase in phases])
     print_row("together", memory.totals.values())
-    if memory.waves > 1:
+    if memory.waves > 1 and memory.fits:
         print(f"the rows of a rank take {memory.waves:.1f} turns in the KV cache")
     if memory.host_bytes:
         on_machine = min(cfg.gpus, 8) * memory.host_bytes / GIB

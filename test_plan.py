@@ -196,7 +196,7 @@ def test_the_kv_cache_is_that_of_the_engine():
     tokens = 64 * 512  # 506, in blocks of 32
     keys_and_values = plan.kv_bytes(plan.SHAPES["opt-1.3b"], tokens, torch.bfloat16)
     assert parts["KV cache"] == keys_and_values + 12 * tokens
-    crowded = memory(model="opt-13b", lora="8", batch_size=4096, minibatches=4)
+    crowded = memory(model="opt-13b", lora="8", batch_size=4096)
     assert crowded.waves > 1
     assert crowded.totals["rollout"] < 80 * plan.GIB, "rows take turns"
 
