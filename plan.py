@@ -863,8 +863,9 @@ class Memory:
         last_gathered = 0
         if model.kind == "zero3":
             last_gathered = self.cfg.itemsize * largest_param(model.shape)
+        in_bucket = model.kind == "zero12" and self.cfg.stage == 2  # until they are summed up
         end = {
-            f"{name}: gradients": model.gradients,
+            f"{name}: gradients": before if in_bucket else model.gradients,
             f"{other_name}: gradients": waiting,
             "buffers": model.bucket + model.reduction + last_gathered,
         }
