@@ -1296,10 +1296,10 @@ def three_step_rows(**assumptions):
 
 def largest_rows():
     """The largest OPT that fits on one GPU, with all flags, and with all but --offload."""
-    models_ = [name for name in SHAPES if re.fullmatch(r"opt-[\d.]+[mb]", name)]
+    names = [name for name in SHAPES if re.fullmatch(r"opt-[\d.]+[mb]", name)]
     for gpu, published in LARGEST.items():
         row = {"table": "largest", "gpu": gpu, "published": published}
-        for model in models_:
+        for model in names:
             solution = make_it_fit(benchmark(gpu, 1, model))
             if solution is None:
                 continue

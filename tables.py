@@ -281,7 +281,10 @@ def largest_table(rows):
     for row in rows:
         line = [row["gpu"]]
         for name in ("without", "with_offload"):
-            line.append(f"{row.get(name, '-')} `{row.get(name + '_flags', '-')}`")
+            cell = "no larger one"
+            if name in row:
+                cell = f"{row[name]} `{row[name + '_flags']}`"
+            line.append(cell)
         lines.append([*line, row["published"]])
     return table(["GPU", "in its memory", "with `--offload`", "DeepSpeed-Chat"], lines)
 
