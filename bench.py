@@ -9,7 +9,7 @@ Models have random weights of real shapes (SHAPES), so nothing is downloaded.
     python bench.py kernels             # each kernel against PyTorch and against its ceiling
     python bench.py memory              # the output layer in training, with and without all logits
     python bench.py fit                 # the largest actor that trains here
-    python bench.py scale               # on paper: a PPO step on many GPUs
+    python bench.py plan-memory         # peaks of memory, and what plan.py says of them
     python bench.py nano-vllm           # requests of given lengths, as in nano-vllm's benchmark
     python bench.py job verl            # one of JOBS, workloads that others have published
     python bench.py tables              # writes OUT/README.md from the JSON files in OUT
@@ -37,6 +37,7 @@ import platform
 import random
 import resource
 import shlex
+import socket
 import statistics
 import sys
 import time
@@ -48,77 +49,23 @@ from typing import Literal, NamedTuple
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import kernels
 import models
+import plan
 import ppo
 import reward
 import tables
 import training
 import utils
 from hybrid_engine import HybridEngine, Rollout, make_engine
+from plan import SHAPES, Shape, flops, kv_bytes, layer_params
 from tables import PHASES, show
 
 # -----------------------------------------------------------------------------
-# shapes of models
-
-
-class Shape(NamedTuple):
-    family: str     # model_type of transformers
-    L: int
-    E: int
-    H: int
-    K: int
-    D: int
-    M: int
-    V: int
-    tied: bool      # the output layer is the embedding
-
-
-SHAPES = {
-    #                       family    L     E   H   K    D      M       V  tied
-    "opt-4x256":      Shape("opt",    4,  256,  4,  4,  64,  1024,   8192, True),
-    "llama-4x256":    Shape("llama",  4,  256,  4,  2,  64,   688,   8192, False),
-    "opt-125m":       Shape("opt",   12,  768, 12, 12,  64,  3072,  50272, True),
-    "opt-350m":       Shape("opt",   24, 1024, 16, 16,  64,  4096,  50272, True),
-    "opt-1.3b":       Shape("opt",   24, 2048, 32, 32,  64,  8192,  50272, True),
-    "opt-2.7b":       Shape("opt",   32, 2560, 32, 32,  80, 10240,  50272, True),
-    "opt-6.7b":       Shape("opt",   32, 4096, 32, 32, 128, 16384,  50272, True),
-    "opt-13b":        Shape("opt",   40, 5120, 40, 40, 128, 20480,  50272, True),
-    "opt-30b":        Shape("opt",   48, 7168, 56, 56, 128, 28672,  50272, True),
-    "opt-66b":        Shape("opt",   64, 9216, 72, 72, 128, 36864,  50272, True),
-    "llama-3.2-1b":   Shape("llama", 16, 2048, 32,  8,  64,  8192, 128256, True),
-    "llama-8b":       Shape("llama", 32, 4096, 32,  8, 128, 14336, 128256, False),
-    "llama-70b":      Shape("llama", 80, 8192, 64,  8, 128, 28672, 128256, False),
-    "qwen2.5-0.5b":   Shape("qwen2", 24,  896, 14,  2,  64,  4864, 151936, True),
-    "qwen3-0.6b":     Shape("qwen3", 28, 1024, 16,  8, 128,  3072, 151936, True),
-    "qwen3-8b":       Shape("qwen3", 36, 4096, 32,  8, 128, 12288, 151936, False),
-}
-
-
-def layer_params(shape):
-    """Weights of the matrices of one layer."""
-    attention = 2 * shape.E * shape.H * shape.D + 2 * shape.E * shape.K * shape.D
-    mlp = 3 * shape.E * shape.M
-    if shape.family == "opt":  # no gate
-        mlp = 2 * shape.E * shape.M
-    return attention + mlp
-
-
-def kv_bytes(shape, tokens, dtype):
-    """Bytes of the keys and values of so many tokens."""
-    return 2 * shape.L * shape.K * shape.D * tokens * dtype.itemsize
-
-
-def flops(name, tokens, length, head_tokens):
-    """Of one forward over `tokens` tokens in rows of `length`, of which `head_tokens` also go
-    through the output layer: 2 per weight and token, and causal attention."""
-    s = SHAPES[name]
-    layers = 2 * s.L * layer_params(s) * tokens
-    attention = 2 * s.L * s.H * s.D * length * tokens
-    head = 2 * s.E * s.V * head_tokens
-    return layers + attention + head
+# models of the shapes in plan.py
 
 
 def config_of(name, context=2048):
@@ -136,11 +83,11 @@ def config_of(name, context=2048):
         num_labels=1,
     )
     if s.family == "opt":
-        options |= dict(ffn_dim=s.M, word_embed_proj_dim=s.E, dropout=0.0)
+        options |= dict(ffn_dim=s.M, word_embed_proj_dim=s.embed or s.E, dropout=0.0)
     else:
         options |= dict(intermediate_size=s.M, num_key_value_heads=s.K, head_dim=s.D)
-    if name == "opt-350m":
-        options |= dict(word_embed_proj_dim=s.E // 2, do_layer_norm_before=False)
+    if s.embed:  # OPT-350M
+        options |= dict(do_layer_norm_before=False)
     return transformers.AutoConfig.for_model(s.family, **options)
 
 
@@ -176,7 +123,7 @@ class Config:
     lora: str = ""                 # as in ppo.py
     gradient_checkpointing: bool = False  # as in ppo.py
     offload: bool = False          # as in ppo.py
-    world: str = "8..1024"         # scale: numbers of GPUs; 8..64 is 8,16,32,64
+    zero: Literal[0, 1, 2, 3] = 0  # as in ppo.py
     # measurement
     compare: bool = True           # generate and ppo: measure transformers too
     group: int = 0                 # rows that transformers generates at a time; 0: all that fit
@@ -192,7 +139,6 @@ class Config:
         if self.critic:
             check_shapes("--critic", [self.critic])
         parse_numbers("--batch", self.batch)
-        parse_numbers("--world", self.world)
         for step in self.steps:
             if step not in STEPS:
                 raise utils.UserError(f"--only {self.only}: {step!r} is none of {', '.join(STEPS)}")
@@ -463,7 +409,7 @@ def ratio(a, b):
 
 def file_name(cfg, task, job):
     """DEVICE-TASK or DEVICE-job-JOB, with the shapes where these are not the usual ones."""
-    if task == "scale":  # the same on every device
+    if task == "plan-memory" and not torch.cuda.is_available():  # the CPU hardly matters
         return task
     name = f"{device_name()}-{task}"
     usual = Config
@@ -769,6 +715,7 @@ def ppo_config(cfg, **more):
         lora=cfg.lora,
         gradient_checkpointing=cfg.gradient_checkpointing,
         offload=cfg.offload,
+        zero=cfg.zero,
         dtype=cfg.dtype,
         seed=cfg.seed,
         **more,
@@ -879,7 +826,7 @@ def train_row(cfg, name, step, ceilings):
     runs = runs[1:]  # the first step warms up
     seconds = statistics.median(runs)
     forwards = 2 if cfg.lora else 3  # frozen weights need no gradient of their own
-    work = forwards * flops(name, B * T, T, head_tokens)
+    work = forwards * flops(SHAPES[name], B * T, T, head_tokens)
     return {
         "seconds": seconds,
         "tokens_per_s": B * T / seconds,
@@ -1030,24 +977,29 @@ class PPO:
         n_prompts = case.prompts * iterations
         self.prompts = RandomPrompts(n_prompts, cfg.prompt_len, shape.V, cfg.seed)
 
-    def iteration(self, number):
-        """One iteration of ppo.main. Returns its times and the mean length of the answers."""
+    def iteration(self, number, after=lambda phase: None):
+        """One iteration of ppo.main. Returns its times and the mean length of the answers.
+        after(phase) is called at its start, and when a phase has ended."""
         cfg = self.cfg
         first = (number - 1) * cfg.batch_size
         indices = np.arange(first, first + cfg.batch_size)
         seeds = [hash((cfg.seed, number, row)) for row in range(cfg.batch_size)]
+        after("start")
         clock = utils.Clock()
         batch = ppo.rollout(self.sampler, self.prompts, indices, seeds, cfg, self.tokenizer)
         rollout_s = clock.lap()
+        after("rollout")
         ppo.score(
             batch, self.actor, self.ref, self.critic, self.scorers, cfg, self.micro_batch
         )
         score_s = clock.lap()
+        after("score")
         ppo.estimate_advantages(batch, self.scorers, cfg)
         ppo.update(
             batch, self.actor, self.critic, self.ema, self.mixture, cfg, self.micro_batch, number
         )
         update_s = clock.lap()
+        after("update")
         return {
             "rollout_s": rollout_s,
             "score_s": score_s,
@@ -1121,8 +1073,8 @@ def ppo_row(cfg, name, case, runs, ceilings):
     length = statistics.mean(run["length"] for run in runs["hybrid"])
     T = cfg.prompt_len + length
     B = case.prompts
-    actor_flops = flops(name, B * T, T, B * length)  # of one forward
-    critic_flops = flops(critic, B * T, T, 0)
+    actor_flops = flops(SHAPES[name], B * T, T, B * length)  # of one forward
+    critic_flops = flops(SHAPES[critic], B * T, T, 0)
     # DeepSpeed-Chat counts a forward for generation, and three or four for training.
     convention = actor_flops * (1 + 3 + int(cfg.gradient_checkpointing))
     # Forwards of the actor: rollout, reference and update, with several minibatches also the old
@@ -1499,170 +1451,151 @@ def send_memory(connection, cfg, name):
 
 
 # -----------------------------------------------------------------------------
-# many GPUs, on paper
+# peaks of memory, and what plan.py says of them
 
-# DeepSpeed-Chat's README, table 1: hours of its step 3 by actor and number of A100-80G
-DEEPSPEED_CHAT_HOURS = {
-    ("opt-1.3b", 1): 11.7,
-    ("opt-6.7b", 1): 40.8,
-    ("opt-13b", 1): 117.6,
-    ("opt-1.3b", 8): 1.4,
-    ("opt-6.7b", 8): 4.1,
-    ("opt-13b", 8): 9.0,
-    ("opt-30b", 8): 18.0,
-    ("opt-66b", 8): 50.4,
-    ("opt-1.3b", 64): 31 / 60,
-    ("opt-6.7b", 64): 51 / 60,
-    ("opt-13b", 64): 1.25,
-    ("opt-30b", 64): 4.0,
-    ("opt-66b", 64): 7.5,
+SMALL_OPT = "layers=6,width=640,heads=10,ffn=2560,vocab=16384"
+SMALL_CRITIC = "layers=3,width=640,heads=10,ffn=2560,vocab=16384"
+SMALL_LLAMA = (
+    "family=llama,layers=10,width=512,heads=8,kv-heads=2,ffn=1408,vocab=24576,tied=no"
+)
+PAIR = {"model": SMALL_OPT, "critic": SMALL_CRITIC}
+ALIKE = {"model": SMALL_LLAMA, "critic": SMALL_LLAMA}
+SHORT_ROWS = {"prompt_len": 64, "batch": "8", "micro_batch": 2, "minibatches": 2, "new_tokens": 32}
+LONG_ROWS = {"prompt_len": 448, "batch": "4", "micro_batch": 4, "minibatches": 1, "new_tokens": 64}
+MEMORY_CASES = {  # name: (ranks, fields of Config)
+    "fp32": (1, PAIR | SHORT_ROWS),
+    "fp32, long rows": (1, ALIKE | LONG_ROWS),
+    "gradient checkpointing, long rows": (1, ALIKE | LONG_ROWS | {"gradient_checkpointing": True}),
+    "LoRA 16": (1, ALIKE | SHORT_ROWS | {"lora": "16"}),
+    "bf16": (1, PAIR | SHORT_ROWS | {"dtype": "bf16"}),
+    "ZeRO 1, 2 ranks": (2, PAIR | SHORT_ROWS | {"zero": 1}),
+    "ZeRO 2, 2 ranks": (2, PAIR | SHORT_ROWS | {"zero": 2}),
+    "ZeRO 3, 2 ranks": (2, PAIR | SHORT_ROWS | {"zero": 3}),
+    "ZeRO 3 and LoRA 16, 2 ranks": (2, ALIKE | SHORT_ROWS | {"zero": 3, "lora": "16"}),
 }
+EMA_DECAY = 0.992
 
 
-class DataSheet(NamedTuple):
-    """NVIDIA's numbers for an SXM part."""
-    bandwidth: float    # bytes/s of memory
-    flop_per_s: float   # bf16
-    memory: float       # bytes
-    nvlink: float       # bytes/s, one way
-
-
-DATA_SHEETS = {
-    "H100": DataSheet(3.35e12, 989e12, 80e9, 450e9),
-    "A100": DataSheet(2.04e12, 312e12, 80e9, 300e9),
-}
-NETWORK = 50e9  # bytes/s per GPU between machines of 8: 400 Gb/s
-
-
-def tensor_parallel_size(weight_bytes, sheet, world):
-    """The fewest GPUs that hold a copy of the actor (bf16) in half of their memory."""
-    tp = 1
-    while tp < 8 and weight_bytes / tp >= 0.5 * sheet.memory:
-        tp *= 2
-    return min(tp, world)
-
-
-def seconds_of_step(world, name, critic, sheet, bandwidth_share, mfu, P=256, A=256, pairs=1024):
-    """A model of one PPO iteration on `world` GPUs. Returns seconds of rollout, gather, score,
-    update and gradient traffic.
-
-    Rows are spread over world / tp groups of GPUs. Decode reads the weights and the KV cache at
-    `bandwidth_share` of the bandwidth, and adds two all-reduces per layer. All other work computes
-    at `mfu`. ZeRO moves the weights twice and the gradients once per step.
-    """
-    s = SHAPES[name]
-    weight_bytes = 2 * (s.L * layer_params(s) + s.E * s.V)
-    tp = tensor_parallel_size(weight_bytes, sheet, world)
-    flop_per_s = world * mfu * sheet.flop_per_s
-
-    # Rollout: rows of a group that do not fit in its memory wait.
-    rows = pairs * tp / world
-    token_bytes = 4 * s.L * s.K * s.D
-    free = 0.85 * sheet.memory - weight_bytes / tp
-    rows_at_once = max(1, min(rows, free // (token_bytes * (P + A) / tp)))
-    kv_read = rows_at_once * (P + A / 2) * token_bytes / tp
-    read_s = (weight_bytes / tp + kv_read) / (bandwidth_share * sheet.bandwidth)
-    reduce_s = 0
-    if tp > 1:
-        message = 2 * (tp - 1) / tp * rows_at_once * s.E * 2
-        reduce_s = 2 * s.L * (message / sheet.nvlink + 10e-6)
-    decode_s = rows / rows_at_once * A * (read_s + reduce_s)
-    prefill_s = flops(name, pairs * P, P, pairs) / flop_per_s
-
-    # Score and update: a backward is two forwards.
-    T = P + A
-    actor_forward = flops(name, pairs * T, T, pairs * A)
-    critic_forward = flops(critic, pairs * T, T, 0)
-    link = sheet.nvlink if world <= 8 else NETWORK
-    gather_s = weight_bytes * (world - 1) / world / link
-    return {
-        "tp": tp,
-        "rollout_s": decode_s + prefill_s,
-        "gather_s": gather_s,
-        "score_s": (actor_forward + 2 * critic_forward) / flop_per_s,
-        "update_s": 3 * (actor_forward + critic_forward) / flop_per_s,
-        "traffic_s": 3 * gather_s,
-    }
-
-
-def measured_on_gpu(folder, task):
-    """(file name, content, rows at fixed lengths) of the first file that this task has written on a
-    GPU; None without one. LoRA, several minibatches and reward functions are other work."""
-    for path in sorted(Path(folder).glob("NVIDIA*.json")):
-        record = tables.read_json(path)
-        config = record["config"]
-        usual = not config["lora"] and config["minibatches"] == 1 and config["scorer"] == "model"
-        if record["task"] != task or not usual:
-            continue
-        rows = []
-        for row in record["rows"]:
-            if row["case"] == "fixed" and row["mean_length"]:
-                rows.append(row)
-        if rows:
-            return path.name, record, rows
-    return None
-
-
-def measured_shares(folder):
-    """What decode reaches of the bandwidth and all other work of the FLOP/s, measured on a GPU if
-    the folder has results of one. Returns (GPU, share, MFU, what these numbers are based on)."""
-    ppo_result = measured_on_gpu(folder, "ppo")
-    decode_result = measured_on_gpu(folder, "generate")
-    if ppo_result is None or decode_result is None:
-        basis = (
-            "ASSUMED shares, no GPU measured: 70% of the bandwidth in decode, 50% MFU elsewhere"
-        )
-        return "H100", 0.7, 0.5, basis
-
-    ppo_file, record, rows = ppo_result
-    gpu = "H100"
-    for name in DATA_SHEETS:
-        if name in record["device"]:
+def planned_config(cfg, ranks):
+    """plan.py's Config of the same run."""
+    gpu = "cpu"
+    for name in plan.MACHINES:
+        if name.partition("-")[0].upper() in device_name():
             gpu = name
-    sheet = DATA_SHEETS[gpu]
-    row = max(rows, key=lambda row: row["batch"])
-    B, A = row["batch"], row["mean_length"]
-    T = row["prompt_len"] + A
-    actor_forward = flops(row["model"], B * T, T, B * A)
-    critic_forward = flops(row["critic"], B * T, T, 0)
-    seconds = row["hybrid"]["score_s"] + row["hybrid"]["update_s"]
-    mfu = (4 * actor_forward + 5 * critic_forward) / seconds / sheet.flop_per_s
-
-    decode_file, decode, rows = decode_result
-    bandwidth = statistics.median(row["floor_share"] for row in rows)
-    bandwidth *= decode["ceilings"]["bytes_per_s"]
-    share = bandwidth / sheet.bandwidth
-    basis = (
-        f"fitted to {ppo_file} and {decode_file}: {share:.0%} of the bandwidth in decode, "
-        f"{mfu:.0%} MFU elsewhere"
+    return plan.Config(
+        model=cfg.model,
+        critic=cfg.critic,
+        lora=cfg.lora,
+        prompt_len=cfg.prompt_len,
+        max_new_tokens=cfg.new_tokens,
+        batch_size=cfg.batches[0],
+        minibatches=cfg.minibatches,
+        micro_batch=cfg.micro_batch,
+        ema=EMA_DECAY,
+        dtype=cfg.dtype,
+        zero=cfg.zero,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        gpus=ranks,
+        gpu=gpu,
     )
-    return gpu, share, mfu, basis
 
 
-def scale(cfg, ceilings):
-    """1,024 pairs of 256 + 256 tokens per step, on paper."""
-    gpu, share, mfu, basis = measured_shares(cfg.out)
-    critic = cfg.critic or "opt-350m"
-    print(f"{gpu}, 1,024 pairs of 256 + 256 tokens per step, critic {critic}; {basis}")
-    names = ["opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b"]
-    if cfg.model != Config.model:
-        names = cfg.shapes
-    for name in names:
-        for world in parse_numbers("--world", cfg.world):
-            times = seconds_of_step(world, name, critic, DATA_SHEETS[gpu], share, mfu)
-            seconds = sum(x for key, x in times.items() if key.endswith("_s"))
-            hours = PAIRS / 1024 * seconds / 3600
-            published = DEEPSPEED_CHAT_HOURS.get((name, world))
-            row = {"model": name, "world": world, "gpu": gpu, "basis": basis} | times
-            row |= {"seconds": seconds, "hours": hours, "deepspeed_chat_hours": published}
-            print(
-                f"{name:<13}{world:>5} GPUs, tp {times['tp']}: "
-                f"rollout {times['rollout_s']:7.2f} s  gather {times['gather_s']:5.2f}  "
-                f"score {times['score_s']:6.2f}  update {times['update_s']:6.2f}  "
-                f"traffic {times['traffic_s']:5.2f}  {hours:7.2f} h  "
-                f"(DeepSpeed-Chat on A100-80G: {show(published, '.2f')} h)"
-            )
-            yield row
+def plan_memory(cfg, ceilings):
+    """The peak of each phase in the second of two iterations of PPO, measured and predicted."""
+    for name, (ranks, fields) in MEMORY_CASES.items():
+        if torch.cuda.is_available() and ranks > torch.cuda.device_count():
+            continue
+        case = MemoryConfig(ragged=0, **fields)
+        measured = measure_peaks(case, ranks)
+        predicted = plan.Memory(planned_config(case, ranks)).totals
+        row = {"case": name, "ranks": ranks, "flags": fields}
+        row["measured_mib"] = {phase: x / 2**20 for phase, x in measured.items()}
+        row["predicted_mib"] = {phase: x / 2**20 for phase, x in predicted.items()}
+        row["ratio"] = max(predicted.values()) / max(measured.values())
+        text = ""
+        for phase, mib in row["measured_mib"].items():
+            text += f"  {phase} {row['predicted_mib'][phase]:,.0f} / {mib:,.0f}"
+        print(f"{name:<36}predicted / measured, MiB:{text}  {row['ratio']:.2f}", flush=True)
+        yield row
+
+
+class MemoryConfig(Config):
+    """A Config whose models may be described, as in plan.py."""
+
+    def __post_init__(self):
+        pass
+
+
+def measure_peaks(case, ranks):
+    """Bytes of each phase, of the rank that needs the most. Ranks are processes of their own."""
+    # Freed memory goes back to the system at once, so that it does not count.
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes, receivers = [], []
+    for rank in range(ranks):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=send_peaks, args=(sender, case, rank, ranks, port))
+        process.start()
+        sender.close()
+        processes.append(process)
+        receivers.append(receiver)
+    of_ranks = [receiver.recv() for receiver in receivers]
+    for process in processes:
+        process.join()
+    return {phase: max(peaks[phase] for peaks in of_ranks) for phase in of_ranks[0]}
+
+
+def send_peaks(connection, case, rank, ranks, port):
+    """What a process of measure_peaks runs."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    utils.init_distributed(case.seed)
+    # A small run first: libraries that are loaded on the way are not the run's memory.
+    tiny = "layers=1,width=64,heads=1,ffn=64,vocab=512"
+    phase_peaks(dataclasses.replace(case, model=tiny, critic=tiny), 0)
+    free_unused_memory()
+    connection.send(phase_peaks(case, current_bytes()))
+    dist.barrier()
+
+
+def phase_peaks(case, baseline):
+    """Two iterations; the peaks of the second one above the baseline, in bytes."""
+    for name in (case.model, case.critic):
+        SHAPES[name] = plan.find_shape("--model", name)
+    rows = Case("fixed", case.batches[0], case.new_tokens)
+    run = PPO(case, case.model, rows, "hybrid", 2)
+    run.ema = training.EMA(run.actor, EMA_DECAY)
+    run.iteration(1)
+    peaks = {}  # the one before the first phase is of iteration 1
+    run.iteration(2, lambda phase: peaks.update({phase: start_peak() - baseline}))
+    del peaks["start"]
+    return peaks
+
+
+def current_bytes():
+    """Memory that this process has now."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def start_peak():
+    """Starts a new peak. Returns the last one, in bytes."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what there is now
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 # -----------------------------------------------------------------------------
 
 TASKS = {
@@ -1674,7 +1607,7 @@ TASKS = {
     "kernels": kernels_task,
     "memory": memory,
     "fit": fit,
-    "scale": scale,
+    "plan-memory": plan_memory,
 }
 NEED_CEILINGS = ("generate", "nano-vllm", "train", "ppo", "kernels")
 

@@ -216,35 +216,95 @@ def fit_section(record, path):
     ]
 
 
-def scale_section(record, path):
-    first = record["rows"][0]
+def plan_section(record, path):
+    of_table = {}
+    for row in record["rows"]:
+        of_table.setdefault(row["table"], []).append(row)
+    return [
+        "## Plans beside DeepSpeed-Chat's tables",
+        "",
+        "**Nothing of ours in these tables is measured.** "
+        f"`{record['command']}` computes it ([{path.name}]({path.name})): a critic of OPT-350M's "
+        "shape, 264,292 pairs of 256 + 256 tokens, 1,024 per iteration, one optimizer step, ZeRO 3 "
+        "on several GPUs, micro batches of 16 rows, and the flags named here where it would not "
+        f"fit; {record['basis']}. DeepSpeed-Chat's numbers are the published ones of "
+        f"[its announcement]({record['source']}) and of its README; its costs, at "
+        f"${record['price']:g} per GPU and hour, which is also our price.",
+        "",
+        *step3_table(of_table["step 3"]),
+        "",
+        "Hours of steps 1, 2 and 3. Ours are for one epoch each, and rows of the steps as 2 : 4 : "
+        "4; DeepSpeed-Chat does not say how many rows and epochs its steps 1 and 2 had:",
+        "",
+        *three_steps_table(of_table["steps 1 to 3"]),
+        "",
+        "The largest actor on one GPU (a V100 has no bf16, so ours is fp32 there):",
+        "",
+        *largest_table(of_table["largest"]),
+    ]
+
+
+def step3_table(rows):
+    lines = []
+    for row in rows:
+        line = [row["model"], f"{row['gpus']} x {row['gpu']}"]
+        if "hours" in row:
+            waits = row["gather_s"] + row["traffic_s"] + row["host_s"]
+            seconds = [row["rollout_s"], row["score_s"], row["update_s"], waits]
+            line += [f"`{row['flags']}`" if row["flags"] else "", f"{row['gib']:.0f}"]
+            line += [f"{x:.1f}" for x in seconds]
+            line += [f"{row['hours'][2]:.2f}", show(row["published_hours"], ".2f")]
+            line += [f"{row['dollars']:,.0f}", show(row["published_dollars"], ",.0f")]
+        else:
+            line += ["does not fit"] + 6 * ["-"]
+            line += [show(row["published_hours"], ".2f"), "-", "-"]
+        lines.append(line)
+    header = [
+        "actor", "GPUs", "flags", "GiB per GPU", "rollout, s", "score, s", "update, s",
+        "communication, s", "hours", "DeepSpeed-Chat, hours", "$", "DeepSpeed-Chat, $",
+    ]
+    return table(header, lines)
+
+
+def three_steps_table(rows):
+    lines = []
+    for row in rows:
+        line = [row["model"], f"{row['gpus']} x {row['gpu']}"]
+        for hours in (row["hours"], row["published_hours"]):
+            line.append(" + ".join(f"{x:.2f}" for x in hours))
+        lines.append(line)
+    return table(["actor", "GPUs", "hours", "DeepSpeed-Chat, hours"], lines)
+
+
+def largest_table(rows):
+    lines = []
+    for row in rows:
+        line = [row["gpu"]]
+        for name in ("without", "with_offload"):
+            cell = "no larger one"
+            if name in row:
+                cell = f"{row[name]} `{row[name + '_flags']}`"
+            line.append(cell)
+        lines.append([*line, row["published"]])
+    return table(["GPU", "in its memory", "with `--offload`", "DeepSpeed-Chat"], lines)
+
+
+def plan_memory_section(record, path):
     lines = []
     for row in record["rows"]:
-        if row["world"] in (8, 64):
-            seconds = [row[f"{name}_s"] for name in ("rollout", "gather", "score", "update")]
-            lines.append([
-                row["model"],
-                f"{row['world']}",
-                f"{row['tp']}",
-                *[f"{x:.2f}" for x in seconds],
-                f"{row['traffic_s']:.2f}",
-                f"{row['hours']:.2f}",
-                show(row["deepspeed_chat_hours"], ".2f"),
-            ])
-    header = [
-        "actor", "GPUs", "tp", "rollout, s", "gather, s", "score, s", "update, s", "traffic, s",
-        "hours", "DeepSpeed-Chat on A100-80G, hours",
-    ]
+        line = [row["case"]]
+        for phase, measured in row["measured_mib"].items():
+            line.append(f"{row['predicted_mib'][phase]:,.0f} / {measured:,.0f}")
+        lines.append([*line, f"{row['ratio']:.2f}"])
     return [
-        "## Many GPUs, on paper",
+        "## Memory, planned and measured",
         "",
-        "**Nothing in this table is measured.** "
-        f"`{record['command']}` computes it ([{path.name}]({path.name})): 1,024 pairs of 256 + 256 "
-        f"tokens per step on {first.get('gpu', 'H100')} GPUs, a critic of OPT-350M's shape, and "
-        f"{first['basis']}. Hours are for the 264,292 pairs of DeepSpeed-Chat's "
-        "benchmark; its own hours are the published ones, on A100.",
+        how_measured(record, path),
+        "Peak memory of each phase in the second of two iterations of PPO, above what the process "
+        "has after a tiny run, in MiB per rank: what `plan.py` says / what was measured. The "
+        "models are small OPTs and Llamas; the flags stand in the file.",
         "",
-        *table(header, lines),
+        *table(["", "rollout", "score", "update", "ratio of the peaks"], lines),
     ]
 
 
@@ -288,7 +348,8 @@ BENCH_SECTIONS = {
     "kernels": kernels_section,
     "memory": memory_section,
     "fit": fit_section,
-    "scale": scale_section,
+    "plan": plan_section,
+    "plan-memory": plan_memory_section,
 }
 
 
