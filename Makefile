@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 TESTS = test_kernels.py test_engine.py test_dryrun.py test_data.py test_training.py test_ppo.py test_bench.py \
-	test_docs.py test_mistakes.py test_serve.py test_plan.py
+	test_docs.py test_mistakes.py test_serve.py test_plan.py test_look.py
 
 demo: .venv/ready
 	$(PY) demo.py

@@ -4,8 +4,9 @@ checker that no model is trained on.
     make demo                 # or, in the environment: python demo.py --seed 2 --out out/demo-2
 
 Runs sft.py, reward.py and ppo.py with nothing but --seed, --out and the folders of the steps before
-them, reads what they logged, prints a table, and writes curves.png and summary.json. All numbers
-are measured on held-out prompts, answered by sampling at temperature 1.
+them, reads what they logged, prints a table, and writes curves.png, summary.json and a page to look
+at all three runs (look.py). All numbers are measured on held-out prompts, answered by sampling at
+temperature 1.
 """
 import json
 import shutil
@@ -15,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import look
 import utils
 
 LABELLERS = 0.65  # share of the demonstrations that are correct, see tasks.toy
@@ -146,6 +148,7 @@ def main(cfg):
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     draw(out, summary)
+    page = look.write([ppo, out / "sft", out / "reward"])
 
     rows = [
         ("step", "seconds", "gold accuracy", "reward", "KL, nats"),
@@ -160,7 +163,8 @@ def main(cfg):
     print(f"\nPairwise accuracy of the reward model on held-out pairs: {accuracy[-1]:.1%}")
     print(
         f"{total_seconds:.0f} seconds in all. Curves: {out}/curves.png. Numbers: "
-        f"{out}/summary.json. To talk to the result: python chat.py --model {out}/ppo"
+        f"{out}/summary.json. To talk to the result: python chat.py --model {out}/ppo\n"
+        f"To look at the runs, answer by answer and token by token, open in a browser: {page}"
     )
 
 

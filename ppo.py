@@ -176,6 +176,7 @@ VALUE_CLIP = 0.2   # how far a value may leave its old value before its gradient
 SCORE_CLIP = 5.0   # scores are clipped to +- this; a reward model's scores have variance 1
 EOS_PENALTY = 1.0  # what an answer that does not end with EOS loses
 STOP_KL = 0.1      # no more steps on a rollout once the policy has moved so far, nats per token
+TOKEN_ROWS = 4     # answers per iteration of which tokens.jsonl keeps every token
 
 # -----------------------------------------------------------------------------
 # formulas. All tensors are (B, A) unless noted; mask marks the tokens that the policy sampled. It
@@ -284,6 +285,9 @@ class Batch:
     rewards: torch.Tensor = None       # (B, A)
     advantages: torch.Tensor = None    # (B, A)
     returns: torch.Tensor = None       # (B, A)
+
+    # filled by update, in the rows that this rank trains on
+    ratio: torch.Tensor = None         # (B, A) policy / old policy, as last in the loss
 
     def __len__(self):
         return len(self.tokens)
@@ -659,6 +663,7 @@ def update_step(batch, rows, actor, critic, mix, cfg, micro_batch):
 
         log_ratio = (logprobs.detach() - old_logprobs) * b.mask
         ratio = log_ratio.exp()
+        batch.put(part, ratio=ratio)
         metrics = {
             "actor_loss": policy_loss.detach(),
             "entropy": entropy.detach(),
@@ -853,6 +858,7 @@ def samples_for_log(batch, iteration, scorers, task):
         for name, scores in batch.scores.items():
             columns[name] = scores.tolist()
     columns["kl"] = batch.kl.tolist()
+    columns["length"] = batch.mask.sum(1).tolist()
     columns["eos"] = batch.finished.tolist()
     if task:
         columns["gold"] = gold_accuracy(batch, task)
@@ -861,6 +867,38 @@ def samples_for_log(batch, iteration, scorers, task):
         for name, value in zip(columns, values):
             sample[name] = round(value, 4) if isinstance(value, float) else value
         yield sample
+
+
+def tokens_for_log(batch, iteration, scorers, tokenizer):
+    """Yields what tokens.jsonl keeps: all numbers of each token of a few answers, under the names
+    that RLLoggingBoard reads (logprobs: before the update), and under four more: advantages,
+    returns, ratio, and mask, which is 0 at words of a tool.
+
+    Rank 0 takes one answer from each of TOKEN_ROWS equal parts of the rollout, out of those that it
+    has trained on. So they are from several minibatches; in the first of them the ratio is 1."""
+    columns = {
+        "logprobs": batch.old_logprobs,
+        "ref_logprobs": batch.ref_logprobs,
+        "values": batch.values,
+        "token_rewards": batch.rewards,
+        "advantages": batch.advantages,
+        "returns": batch.returns,
+        "ratio": batch.ratio,
+    }
+    scores = total_score(batch, scorers).tolist()
+    trained = batch.ratio.any(1).nonzero()[:, 0].tolist()  # other rows of the ratio are zero
+    for part in np.array_split(trained, min(TOKEN_ROWS, len(trained))):
+        row = part[-1]
+        start, length = int(batch.prompt_lens[row]), int(batch.answer_lens[row])
+        ids = batch.tokens[row, start : start + length].tolist()
+        line = {"step": iteration, "prompt": batch.prompts[row], "response": batch.answers[row]}
+        line["reward"] = round(scores[row], 6)
+        line["response_tokens"] = [tokenizer.decode([i]) for i in ids]
+        line["mask"] = batch.mask[row, :length].int().tolist()
+        for name, x in columns.items():
+            if x is not None:  # without a critic there are no values
+                line[name] = [round(value, 6) for value in x[row, :length].tolist()]
+        yield line
 
 
 def print_plan(cfg, step_rows, micro_batch, accumulation_steps):
@@ -1005,6 +1043,7 @@ def main(cfg):
                 metrics |= evaluate_now(name="eval_ema")
         log(iteration, metrics)
         log.samples(samples_for_log(batch, iteration, scorers, task))
+        log.samples(tokens_for_log(batch, iteration, scorers, tokenizer), "tokens.jsonl", "step")
         print_progress(batch, metrics, iteration, cfg)
         checkpoint.save(iteration, **run_state(mix, before, scorers))
 

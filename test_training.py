@@ -2041,7 +2041,7 @@ def _resumed_equals_whole(toy_file, out, stages, sft_folder, reward_folder):
             assert len(whole) >= 4
             files = ["model.safetensors"]
             if name == "ppo":
-                files += ["samples.jsonl", "ema/model.safetensors"]
+                files += ["samples.jsonl", "tokens.jsonl", "ema/model.safetensors"]
             dist.barrier()
             same_files = [(a / file).read_bytes() == (b / file).read_bytes() for file in files]
             same[name, zero] = all(same_files) and without_times(whole) == without_times(parts)
@@ -2312,7 +2312,7 @@ def same_ends(name, whole, parts):
     times."""
     files = ["model.safetensors"]
     if name == "ppo":
-        files += ["ema/model.safetensors", "samples.jsonl"]
+        files += ["ema/model.safetensors", "samples.jsonl", "tokens.jsonl"]
     numbers = []
     for out in (whole, parts):
         rows = [json.loads(line) for line in open(out / "metrics.jsonl")]

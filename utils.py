@@ -137,6 +137,9 @@ def parse_args(Config, argv=None):
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
         kind = types[field.name]
+        if kind is tuple:  # one argument or more, named without a flag
+            groups[name].add_argument(field.name, nargs="+", help=help_of[field.name])
+            continue
         help_text = f"{help_of[field.name]} (default: {field.default!r})".replace("%", "%%")
         options = {"default": field.default, "help": help_text}
         if kind is bool:
@@ -604,8 +607,9 @@ class Log:
             write_record(self.out, cfg, start)
             if start == 0:  # a run that never came to a checkpoint may have left some
                 (self.out / "samples.jsonl").unlink(missing_ok=True)
+                (self.out / "tokens.jsonl").unlink(missing_ok=True)
             self.file = append_lines(self.out / "metrics.jsonl", "step", start)
-        self.sample_file = None
+        self.sample_files = {}
         names = " ".join(f"{name:>{self.width(name)}}" for name in columns)
         print0(f"{'step':>{self.step_width}} {names}   left")
 
@@ -624,17 +628,17 @@ class Log:
                 self.file.write(json.dumps({"step": step, **finite}) + "\n")
                 self.file.flush()
 
-    def samples(self, rows):
-        """Appends rows, which hold their "iteration", to OUT/samples.jsonl."""
+    def samples(self, rows, name="samples.jsonl", key="iteration"):
+        """Appends rows to OUT/samples.jsonl or another file. row[key] is the iteration."""
         if not is_rank0():
             return
-        path = self.out / "samples.jsonl"
+        path = self.out / name
         with writing(path):
-            if self.sample_file is None:
-                self.sample_file = append_lines(path, "iteration", self.start)
+            if name not in self.sample_files:
+                self.sample_files[name] = append_lines(path, key, self.start)
             for row in rows:
-                self.sample_file.write(json.dumps(row) + "\n")
-            self.sample_file.flush()
+                self.sample_files[name].write(json.dumps(row) + "\n")
+            self.sample_files[name].flush()
 
     def __call__(self, step, metrics):
         """Writes and prints a step, which counts from 1. Ranks other than 0 do nothing."""
