@@ -327,8 +327,10 @@ MUTANTS = {
         ('messages.append({"role": "assistant", "content": answer})', "pass",
          "test_mistakes.py -k conversation"),
     ],
+    "plan.py": [
+        ("return 2 * s.L", "return s.L", "test_bench.py -k head_size"),
+    ],
     "bench.py": [
-        ("return 2 * shape.L", "return shape.L", "test_bench.py -k head_size"),
         ("first_eos + 1, answers.size(1)", "first_eos, answers.size(1)",
          "test_bench.py -k transformers_generates"),
     ],

@@ -576,6 +576,8 @@ def test_the_tests_notice_nearly_all_mutants():
     for row in rows:
         assert row["old"] != row["new"], row
         assert row["by"] or not row["noticed"], row
+    for mutant in mutants.all_mutants().values():
+        mutants.lines_of(mutant)  # raises where the code does not have this line any more
 
 
 def test_compiled_kernels_spill_nothing():
