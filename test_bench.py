@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import bench
 import kernels
+import mutants
 import tables
 import utils
 from hybrid_engine import HybridEngine, Rollout
