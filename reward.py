@@ -70,6 +70,7 @@ class Config:
     offload: bool = False          # keep optimizers, frozen models and ZeRO-3 shards in CPU memory
     resume: bool = False           # continue from the last complete checkpoint in --out
     save_every: float = 0.0        # minutes between checkpoints; 0: ten checkpoints per run
+    track: Literal["", "wandb", "trackio"] = ""  # package that also gets the metrics; empty: none
     ds_config: str = ""            # JSON file merged over the DeepSpeed settings in training.py
 
     def __post_init__(self):
@@ -85,6 +86,7 @@ class Config:
         models.require_folder(self.model)
         sources.check_sources(self.data)
         utils.require_file("ds_config", self.ds_config)
+        utils.require_tracker(self.track)
         models.warn_of_toy_lr(self, lr="1e-5")
 
 

@@ -61,7 +61,7 @@ def test_every_flag_has_help_and_a_group_of_its_own(name):
     for field in dataclasses.fields(Config):
         assert help_of.get(field.name), f"{name}.py --{field.name} has no comment behind it"
         assert group_of[field.name] != "flags", f"{name}.py --{field.name} is in no group"
-    at_most = {"ppo": 39, "plan": 28}.get(name, 22)
+    at_most = {"ppo": 40, "plan": 28}.get(name, 23)
     assert len(dataclasses.fields(Config)) <= at_most
 
 

@@ -7,11 +7,14 @@ plain loops over one row, and each script has one in float64.
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
 import re
 import shutil
+import sys
+import types
 from pathlib import Path
 
 from testing import (  # before torch: it sets environment variables
@@ -601,6 +604,27 @@ def test_what_is_logged_is_in_its_file_at_once(tmp_path):
     log.samples([{"iteration": 1, "answer": "a"}])
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / name).read_text().count("\n") == 1, f"{name}: a killed run must keep it"
+
+
+def test_a_tracker_gets_what_the_file_gets(tmp_path, flags, monkeypatch):
+    calls = []
+    tracker = types.SimpleNamespace(
+        init=lambda **config: calls.append(config),
+        log=lambda metrics, step: calls.append({"step": step, **metrics}),
+        finish=lambda: calls.append("finish"))
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    metrics = train(ppo, tmp_path / "p", **flags, track="trackio")
+    config, *rows, end = calls
+    assert (config["project"], config["name"]) == ("flatrlhf", str(tmp_path / "p"))
+    assert config["config"]["kl_coef"] == 0.05
+    assert rows == metrics and end == "finish"
+
+
+def test_a_tracker_that_is_not_installed_gets_one_sentence(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(utils.UserError, match="--track wandb: first `pip install wandb`"):
+        utils.require_tracker("wandb")
+    utils.require_tracker("")
 
 
 def test_a_file_that_is_being_replaced_is_the_old_one_until_it_is_the_new_one(

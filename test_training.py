@@ -62,6 +62,7 @@ class Flags:
     resume: bool = False
     overwrite: bool = False
     save_every: float = 0.0
+    track: str = ""
     lr: float = 1e-3
 
 
@@ -2333,7 +2334,7 @@ def script_runs(chain, toy_file):
     }
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("name", some(few=["ppo"], all_of_them=["sft", "reward", "ppo"]))
 def test_a_script_that_is_killed_at_a_random_moment_ends_as_one_that_is_not(
         name, chain, toy_file, tmp_path):
     flags = script_runs(chain, toy_file)[name]

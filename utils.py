@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -586,6 +587,21 @@ def append_lines(path, key, last):
     return open(path, "a")
 
 
+def require_tracker(name):
+    """Raises UserError where the package that --track names is not installed."""
+    if name and importlib.util.find_spec(name) is None:
+        raise UserError(f"--track {name}: first `pip install {name}`")
+
+
+def start_tracker(cfg):
+    """wandb or trackio, which have the same interface; None without --track."""
+    if not cfg.track:
+        return None
+    tracker = importlib.import_module(cfg.track)
+    tracker.init(project="flatrlhf", name=cfg.out, config=dataclasses.asdict(cfg))
+    return tracker
+
+
 class Log:
     """One line per step on the screen, in fixed columns; all numbers in OUT/metrics.jsonl; and
     OUT/run.json and OUT/code, see write_record."""
@@ -610,6 +626,7 @@ class Log:
                 (self.out / "tokens.jsonl").unlink(missing_ok=True)
             self.file = append_lines(self.out / "metrics.jsonl", "step", start)
         self.sample_files = {}
+        self.tracker = start_tracker(cfg)
         names = " ".join(f"{name:>{self.width(name)}}" for name in columns)
         print0(f"{'step':>{self.step_width}} {names}   left")
 
@@ -627,6 +644,10 @@ class Log:
             with writing(self.out / "metrics.jsonl"):
                 self.file.write(json.dumps({"step": step, **finite}) + "\n")
                 self.file.flush()
+            if self.tracker:
+                self.tracker.log(finite, step=step)
+            if self.tracker and step == self.total:
+                self.tracker.finish()
 
     def samples(self, rows, name="samples.jsonl", key="iteration"):
         """Appends rows to OUT/samples.jsonl or another file. row[key] is the iteration."""
