@@ -63,13 +63,13 @@ METRICS = {
         "perplexity": "exp of held_out_loss: among how many tokens the model is undecided, as it "
         "were. Worry when it rises.",
         "held_out_accuracy": "Share of held-out comparisons in which the better answer has the "
-        "higher score. Worry near 0.5, which is guessing; people agree on 0.6 to 0.8.",
+        "higher score. Worry near 0.5, which is guessing; InstructGPT's labellers agreed in 73%.",
         "held_out_margin": "Score of the better answer less that of the worse, on held-out rows, "
         "before normalization. Worry when it grows and accuracy does not: the model is only surer.",
         "held_out_tau": "Kendall's tau-b between scores and ranks of held-out rankings: 1 is the "
         "same order, 0 chance. Worry near 0.",
-        "held_out_pairs": "Comparisons behind the held-out numbers. With few of them they are "
-        "uncertain: about 1 / sqrt(this).",
+        "held_out_pairs": "Comparisons behind the held-out numbers. An accuracy is uncertain by up "
+        "to 1 / sqrt(this).",
     },
     "Training": {
         "loss": "Loss of the batch: nats per answer token in step 1, per comparison in step 2, "
@@ -145,7 +145,7 @@ METRICS = {
         "skipped": "Optimizer steps skipped so far, because a gradient was not finite. Worry when "
         "it grows; five in a row end the run.",
         "engine_gap_mean": "Difference between the sampler's and the trainer's log-probability "
-        "of the same token, mean. Worry above 1e-5 in float32, 0.01 in bfloat16.",
+        "of the same token, mean. Worry above 1e-4 in float32, and in bfloat16 when it grows.",
         "engine_gap_max": "The largest such difference. Worry when it jumps: sampler and trainer "
         "have different weights.",
         "padding": "Share of the computed tokens that are padding. Worry above 0.3: time is lost.",
@@ -156,9 +156,10 @@ METRICS = {
         "rollout_s": "Time of sampling, seconds.",
         "score_s": "Time of the forwards of all models over the rollout, seconds.",
         "update_s": "Time of the optimizer steps, seconds.",
-        "tokens_per_s": "Tokens per second: sampled ones in PPO, trained ones in steps 1 and 2. "
-        "Worry when it falls: another process takes the machine.",
+        "tokens_per_s": "Tokens per second, in PPO those that are sampled, in step 1 all. Worry "
+        "when it falls: another process takes the machine.",
         "memory_gib": "Most memory of this process so far, GiB. Worry when it goes on growing.",
+        "engine_generate_s": "Time of transformers' generate with --engine hf, seconds.",
         "engine_gather_s": "Time to gather ZeRO-3 shards for the rollout, seconds.",
         "engine_prefill_s": "Time to read the prompts, seconds.",
         "engine_decode_s": "Time to sample, token by token, seconds.",
@@ -169,7 +170,7 @@ METRICS = {
         "engine_kv_bytes": "Size of the KV cache, bytes.",
         "engine_gb_per_s": "Weights and KV cache read per second of decoding, GB/s.",
         "engine_floor_share": "The same as a share of the GPU's memory bandwidth: 1 is as fast as "
-        "memory can be read. Worry below 0.3 with large models.",
+        "memory can be read. Small models stay far below.",
     },
 }
 OTHER = "Other"
@@ -211,9 +212,6 @@ class Lines:
                 else:
                     self.cut += 1
                 self.bytes += len(line)
-
-    def __len__(self):
-        return len(self.index)
 
     def read(self, numbers):
         """The rows with these numbers."""
@@ -285,7 +283,7 @@ def curves(rows):
     for row in rows:
         for name, value in row.items():
             if name != "step" and isinstance(value, (int, float)) and np.isfinite(value):
-                found[name][0].append(row.get("step", 0))
+                found[name][0].append(row["step"])
                 found[name][1].append(value)
     return {name: thin(*points) for name, points in found.items()}
 
@@ -422,6 +420,7 @@ def draw(runs, path):
             curves_of[run["script"], name].append((run["name"], steps, values))
     plt.rcParams.update({"font.size": 7, "axes.grid": True, "grid.alpha": 0.3})
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams["text.parse_math"] = False  # a name may hold a $
     height = max(1, -(-len(curves_of) // 6))
     figure, axes = plt.subplots(height, 6, figsize=(16, 1.9 * height), squeeze=False)
     for ax in axes.flat[len(curves_of) :]:
@@ -441,7 +440,10 @@ def draw(runs, path):
 def write(folders):
     """Writes look.html and look.png into the first folder. Returns the path of the page."""
     folders = list(dict.fromkeys(Path(folder) for folder in folders))
-    runs = [read_run(folder) for folder in folders]
+    try:
+        runs = [read_run(folder) for folder in folders]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     for run in runs:
         for note in run["notes"]:
             utils.print0(f"{run['name']}: {note}")

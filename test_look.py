@@ -122,13 +122,29 @@ def test_answers_that_this_rank_has_not_trained_on_and_numbers_that_are_not_ther
     assert not {"values", "returns"} & set(lines[0]), "this run has no critic"
 
 
+def test_a_resumed_run_drops_the_lines_past_its_checkpoint_and_a_new_one_all(tmp_path):
+    cfg = ppo.Config(out=str(tmp_path))
+    utils.init_distributed(0)
+    path = tmp_path / "tokens.jsonl"
+    rows = [{"step": step, "reward": 1.0} for step in (1, 1, 2, 2, 3)]
+    write_rows(path, rows)
+    log = utils.Log(cfg, 4, {}, start=2)
+    for step in (3, 4):
+        log.samples([{"step": step}], "tokens.jsonl", "step")
+        log.samples([{"iteration": step}])
+    assert [row["step"] for row in read_tokens(tmp_path)] == [1, 1, 2, 2, 3, 4]
+    assert (tmp_path / "samples.jsonl").read_text().count("\n") == 2
+    utils.Log(cfg, 4, {})
+    assert not path.exists()
+
+
 # -----------------------------------------------------------------------------
 # what metrics mean
 
-# What a run on a GPU, with several scorers, with rankings or with a task's checker also logs.
+# What is logged on a GPU, by --engine hf, with several scorers, rankings, or a task's checker.
 SOMETIMES = {
-    "engine_floor_share", "score_brevity", "score_brevity_std", "held_out_tau", "gold",
-    "eval_gold", "eval_ema_gold"}
+    "engine_floor_share", "engine_generate_s", "score_brevity", "score_brevity_std",
+    "held_out_tau", "gold", "eval_gold", "eval_ema_gold"}
 
 
 def test_every_metric_that_a_script_logs_is_explained_and_no_other(chain):
@@ -371,11 +387,14 @@ def test_a_mistake_gets_one_sentence(tmp_path, monkeypatch):
     assert "run.json cannot be read" in message(run)
     (run / "run.json").unlink()
 
-    def not_allowed(path, text):
-        raise PermissionError(13, "Permission denied")
+    def not_allowed(path, *arguments):
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(utils, "atomic_write", not_allowed)
-    assert "look.html or look.png cannot be written: the folder is not writable" in message(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "atomic_write", not_allowed)
+        assert "look.html or look.png cannot be written: the folder is not writable" in message(run)
+    monkeypatch.setattr(look, "Lines", not_allowed)
+    assert message(run) == f"{run}/metrics.jsonl cannot be read: Permission denied"
 
 
 def test_the_command_takes_one_folder_or_more(capsys):

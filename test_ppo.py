@@ -428,7 +428,8 @@ def batch_of(B=5, A=7, P=4, **more):
 def test_indexing_a_batch_takes_those_rows_of_every_field_and_no_more_columns_than_they_need():
     batch = batch_of()
     g = torch.Generator().manual_seed(0)
-    for name in ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
+    for name in (
+            "old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns", "ratio"):
         setattr(batch, name, torch.randn(5, 7, generator=g))
     batch.kl = torch.randn(5, generator=g)
     batch.scores = {"a": torch.randn(5, generator=g), "b": torch.randn(5, generator=g)}
