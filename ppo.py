@@ -213,7 +213,7 @@ def last_sampled(mask):
 
 def move_to_tokens(rewards, token_scores, mask):
     """Moves what process rewards have given from the end of each answer to its tokens, in place.
-    The sum of a row stays."""
+    The sum of a row stays: its mean, its clipping and the penalty remain at the last token."""
     rows = torch.arange(len(rewards), device=mask.device)
     rewards[rows, last_sampled(mask)] -= token_scores.sum(1)
     rewards += token_scores
@@ -478,7 +478,8 @@ def score_by_function(batch, scorer):
     result = models.on_rank0(scorer.function, batch.prompts, batch.answers, row_fields)
     totals = [sum(score) if isinstance(score, list) else score for score in result]
     batch.scores[scorer.name] += torch.tensor(totals, device=batch.tokens.device)
-    if totals != result:  # a process reward
+    is_process_reward = isinstance(result[0], list)  # then all are
+    if is_process_reward:
         token_scores = torch.zeros_like(batch.sample_logprobs)                      # (B, A)
         for i, score in enumerate(result):
             token_scores[i, batch.mask[i]] = torch.tensor(score, device=token_scores.device)
@@ -531,7 +532,7 @@ def estimate_advantages(batch, scorers, cfg):
     normalized = normalized_score(batch, scorers)                                   # (B,)
     penalized = normalized - EOS_PENALTY * ~batch.finished                          # (B,)
     logprobs = batch.old_logprobs                                                   # (B, A)
-    if cfg.single_update:
+    if cfg.single_update:  # the update will fill in old_logprobs
         logprobs = batch.sample_logprobs
     batch.rewards = token_rewards(
         penalized, logprobs, batch.ref_logprobs, batch.mask, cfg.kl_coef, SCORE_CLIP
@@ -646,8 +647,8 @@ def update_step(batch, rows, actor, critic, mix, cfg, micro_batch):
     text_parts, text_tokens = mix.next_step(micro_batch, len(parts))
     for part, text_part in zip(parts, text_parts):
         b = batch[part]
-        # DeepSpeed averages over micro batches and ranks. This weight makes it a mean over all
-        # tokens of the step, however they are split.
+        # DeepSpeed averages over micro batches and ranks. This weight undoes that, and makes of the
+        # mean over the tokens here a share of the mean over all tokens of the step.
         weight = b.mask.sum() / step_tokens * world * len(parts)
 
         logprobs, entropy = actor(*b.inputs, cfg.temperature)                       # (b, a)
@@ -737,7 +738,8 @@ def load_scorers(cfg, tokenizer, vocab_size, dtype, device):
             model = load_reward_model(source, tokenizer, vocab_size, dtype)
             name = Path(source).resolve().name
             scorer = Scorer(name, weight, model=training.frozen_engine(model, device, cfg))
-        while scorer.name in [other.name for other in scorers]:
+        taken = [other.name for other in scorers]
+        while scorer.name in (*taken, *SAMPLE_COLUMNS):
             scorer.name += "_"
         scorers.append(scorer)
     return scorers
@@ -852,6 +854,10 @@ def rollout_metrics(batch, sampler, task):
     return metrics | {f"engine_{name}": x for name, x in sampler.stats.items()}
 
 
+# What samples.jsonl has besides the scorers' own columns.
+SAMPLE_COLUMNS = ("iteration", "prompt", "answer", "score", "kl", "tokens", "eos", "gold")
+
+
 def samples_for_log(batch, iteration, scorers, task):
     """Yields what samples.jsonl keeps of each answer."""
     columns = {"prompt": batch.prompts, "answer": batch.answers}
@@ -860,7 +866,7 @@ def samples_for_log(batch, iteration, scorers, task):
         for name, scores in batch.scores.items():
             columns[name] = scores.tolist()
     columns["kl"] = batch.kl.tolist()
-    columns["length"] = batch.mask.sum(1).tolist()
+    columns["tokens"] = batch.mask.sum(1).tolist()
     columns["eos"] = batch.finished.tolist()
     if task:
         columns["gold"] = gold_accuracy(batch, task)

@@ -103,7 +103,7 @@ def test_a_few_answers_of_different_minibatches_are_kept(chain):
             s for s in samples
             if (s["iteration"], s["prompt"], s["answer"])
             == (line["step"], line["prompt"], line["response"])]
-        assert of_sample and of_sample[0]["length"] == sum(line["mask"])
+        assert of_sample and of_sample[0]["tokens"] == sum(line["mask"])
 
 
 def test_answers_that_this_rank_has_not_trained_on_and_numbers_that_are_not_there_are_left_out(tok):

@@ -1650,6 +1650,15 @@ def test_in_its_warmup_only_the_critic_learns(flags, tmp_path):
     assert metrics[2]["critic_loss"] < metrics[1]["critic_loss"]
 
 
+def test_a_scorer_that_is_called_like_a_column_keeps_both(one_step, tmp_path):
+    rules = tmp_path / "rules.py"
+    rules.write_text("def kl(completions):\n    return [float(len(c)) for c in completions]\n")
+    reward_flag = f"{one_step['reward']},{rules}:kl"
+    train(ppo, tmp_path / "p", **(one_step | dict(reward=reward_flag)))
+    for sample in read_samples(tmp_path / "p"):
+        assert sample["kl_"] == len(sample["answer"]) and abs(sample["kl"]) < 1
+
+
 def test_a_process_reward_is_given_at_its_tokens_and_its_sum_is_the_score(
         one_step, tmp_path, monkeypatch):
     rules = tmp_path / "rules.py"
