@@ -211,13 +211,13 @@ def countdown_checker(completions, nums, target):
 
 
 def last_number(text):
-    """The number behind the last "####", else the last one of all: a Fraction, or None."""
+    """The first number behind the last "####", else the last one of all: a Fraction, or None."""
     pattern = r"-?[0-9][0-9,]*(?:\.[0-9]+)?"
-    numbers = re.findall(pattern, text.rpartition("####")[2]) or re.findall(pattern, text)
-    if not numbers:
+    behind = re.findall(pattern, text.rpartition("####")[2]) if "####" in text else []
+    numbers = behind[:1] or re.findall(pattern, text)[-1:]
+    if not numbers or len(numbers[0]) > 100:  # Python refuses to read numbers of 4,300 digits
         return None
-    number = numbers[0] if "####" in text else numbers[-1]
-    return Fraction(number.replace(",", ""))
+    return Fraction(numbers[0].replace(",", ""))
 
 
 def gsm8k_checker(completions, answer):

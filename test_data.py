@@ -1153,7 +1153,8 @@ def test_the_checker_of_countdown_divides_exactly():
 
 @pytest.mark.parametrize("completion, expected", {
     "#### 1,234": 1, "It is 7, no, 1234.": 1, "It is 1234, no, 7": 0, "It is 7, so $1,234": 1,
-    "1234.0": 1, "#### 1234 of 5": 1, "#### none, 1234": 1, "-1234": 0, "": 0, "none": 0,
+    "1234.0": 1, "#### 1234 of 5": 1, "#### none, 1234": 1, "1 and 1234 ####": 1, "9" * 9000: 0,
+    "-1234": 0, "": 0, "none": 0,
     "12 34": 0, "\u0661": 0, "1e3 234": 0,
 }.items())
 def test_the_checker_of_gsm8k_compares_the_last_number(completion, expected):
