@@ -448,12 +448,9 @@ def write(folders):
         for note in run["notes"]:
             utils.print0(f"{run['name']}: {note}")
     path = folders[0] / "look.html"
-    try:
+    with utils.writing(f"{path} or look.png", advice=""):
         utils.atomic_write(path, page(runs))
         draw(runs, path.with_suffix(".png"))
-    except OSError as error:
-        problem = utils.disk_problem(path.parent, error)
-        raise UserError(f"{path} or look.png cannot be written: {problem}") from None
     return path
 
 

@@ -401,7 +401,7 @@ class Config:
     max_new_tokens: int = 256      # longest answer
     tp: int = 1                    # ranks that share one copy of the model while they generate
     # PPO
-    batch_size: int = 512          # prompts per rollout, over all ranks
+    batch_size: int = 512          # answers per rollout, over all ranks
     ppo_epochs: int = 1            # epochs over each rollout
     minibatches: int = 4           # optimizer steps per epoch
     micro_batch: int = 0           # rows per rank and forward; 0: the rank's share of a minibatch
@@ -468,6 +468,15 @@ class Config:
         if self.dtype == "auto":
             return 4 if self.gpu in ("cpu", "v100-32g") else 2
         return {"fp32": 4, "bf16": 2}[self.dtype]
+
+    @property
+    def torch_dtype(self):
+        return torch.float32 if self.itemsize == 4 else torch.bfloat16
+
+    @property
+    def peak_flops(self):
+        """FLOP/s of one GPU in this dtype, by its data sheet."""
+        return self.machine.fp32 if self.itemsize == 4 else self.machine.bf16
 
     @property
     def stage(self):
@@ -793,8 +802,8 @@ class Memory:
 
         rows = cfg.batch_size // cfg.gpus * cfg.tp
         capacity = 32 * math.ceil(cfg.length / 32)
-        dtype = torch.float32 if cfg.itemsize == 4 else torch.bfloat16
-        per_slot = kv_bytes(s, capacity, dtype) / cfg.tp + 12 * capacity  # token ids, logprobs
+        keys_and_values = kv_bytes(s, capacity, cfg.torch_dtype) / cfg.tp
+        per_slot = keys_and_values + 12 * capacity  # token ids, logprobs
         free = cfg.machine.memory * GIB - sum(self.resident().values()) - copies
         slots = max(1, min(rows, 0.8 * free // per_slot))
         self.waves = rows / slots
@@ -925,13 +934,13 @@ def seconds_of_iteration(cfg, memory):
     s = actor.shape
     B, P, A, T = cfg.batch_size, cfg.prompt_len, cfg.max_new_tokens, cfg.length
     world, tp = cfg.gpus, cfg.tp
-    flop_per_s = world * cfg.mfu * (machine.bf16 if cfg.itemsize == 2 else machine.fp32)
+    flop_per_s = world * cfg.mfu * cfg.peak_flops
 
     # Rollout: rows of a tensor-parallel group that do not fit in its memory wait.
     weight_bytes = cfg.itemsize * lm_params(s)
     rows = B * tp / world
     rows_at_once = rows / memory.waves
-    token_bytes = 2 * s.L * s.K * s.D * cfg.itemsize
+    token_bytes = kv_bytes(s, 1, cfg.torch_dtype)
     kv_read = rows_at_once * (P + A / 2) * token_bytes / tp
     step_s = (weight_bytes / tp + kv_read) / (cfg.bandwidth * machine.bandwidth)
     if tp > 1:
@@ -1000,10 +1009,9 @@ def hours_of_steps(cfg, memory):
     """Hours of steps 1, 2 and 3. The rows of the three steps are as 2 : 4 : 4, DeepSpeed-Chat's
     split of its data, once through each; rows have the length of a prompt and an answer, and
     step 2 reads two answers to each prompt."""
-    machine = cfg.machine
     actor, critic = memory.actor, memory.critic
     T, A = cfg.length, cfg.max_new_tokens
-    flop_per_s = cfg.gpus * cfg.mfu * (machine.bf16 if cfg.itemsize == 2 else machine.fp32)
+    flop_per_s = cfg.gpus * cfg.mfu * cfg.peak_flops
     recompute = int(cfg.gradient_checkpointing)
     forwards = (2 if actor.lora else 3) + recompute
     rows = cfg.pairs / 2
@@ -1214,7 +1222,7 @@ def print_times(cfg, memory, basis):
         print(f"cost at ${cfg.price:g} per GPU and hour: {text}; together ${sum(dollars):,.0f}")
     print(
         f"{basis}; NVIDIA's data sheet: {cfg.machine.bandwidth / 1e12:.2f} TB/s, "
-        f"{(cfg.machine.bf16 if cfg.itemsize == 2 else cfg.machine.fp32) / 1e12:.0f} TFLOP/s; "
+        f"{cfg.peak_flops / 1e12:.0f} TFLOP/s; "
         f"{NETWORK / 1e9:.0f} GB/s per GPU between machines; {RESERVED:g} GiB of a GPU are not for "
         "tensors; nothing is hidden behind anything else"
     )
@@ -1328,7 +1336,8 @@ def write_tables(cfg):
         "time": time.strftime("%Y-%m-%d %H:%M"),
         "rows": rows,
     }
-    utils.atomic_write(Path(cfg.out), json.dumps(record, indent=1))
+    with utils.writing(cfg.out, "; name another file with --out"):
+        utils.atomic_write(cfg.out, json.dumps(record, indent=1))
     print(f"wrote {cfg.out}")
 
 

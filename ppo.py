@@ -477,7 +477,7 @@ def score_by_function(batch, scorer):
     row_fields = batch.row_fields | {"completion_ids": ids}
     result = models.on_rank0(scorer.function, batch.prompts, batch.answers, row_fields)
     totals = [sum(score) if isinstance(score, list) else score for score in result]
-    batch.scores[scorer.name] += torch.tensor(totals, device=batch.tokens.device)
+    batch.scores[scorer.name] = torch.tensor(totals, device=batch.tokens.device)
     is_process_reward = isinstance(result[0], list)  # then all are
     if is_process_reward:
         token_scores = torch.zeros_like(batch.sample_logprobs)                      # (B, A)
@@ -810,8 +810,10 @@ def longest_row(actor, critic, scorers, cfg):
 
 
 def gold_accuracy(batch, task):
-    """For each answer: 1.0 if the task's exact checker accepts it and it ends with EOS, else 0.0.
-    No model is trained on this: it is the "gold" reward of Gao et al. 2022."""
+    """For each answer: 1.0 if the task's exact checker accepts it and it ends with EOS, else 0.0;
+    None without a task. No model is trained on this: it is the "gold" reward of Gao et al. 2022."""
+    if task is None:
+        return None
     is_right = task(batch.prompts, batch.answers, batch.row_fields)
     return [right * finished for right, finished in zip(is_right, batch.finished.tolist())]
 
@@ -835,12 +837,13 @@ def evaluate(sampler, held_out, ref, scorers, cfg, micro_batch, tokenizer, task,
         f"{name}_score_se": total.std().item() / n**0.5,
         f"{name}_kl": log_ratio.sum(1)[:n].mean().item(),
     }
-    if task:
-        metrics[f"{name}_gold"] = float(np.mean(gold_accuracy(batch, task)[:n]))
+    gold = gold_accuracy(batch, task)
+    if gold:
+        metrics[f"{name}_gold"] = float(np.mean(gold[:n]))
     return metrics
 
 
-def rollout_metrics(batch, sampler, task):
+def rollout_metrics(batch, sampler, gold):
     gap = (batch.sample_logprobs - batch.old_logprobs)[batch.mask].abs()
     metrics = {
         "length": batch.mask.sum(1).float().mean().item(),
@@ -849,8 +852,8 @@ def rollout_metrics(batch, sampler, task):
         "engine_gap_max": gap.max().item(),
         "memory_gib": utils.memory_gib(),
     }
-    if task:
-        metrics["gold"] = float(np.mean(gold_accuracy(batch, task)))
+    if gold:
+        metrics["gold"] = float(np.mean(gold))
     return metrics | {f"engine_{name}": x for name, x in sampler.stats.items()}
 
 
@@ -858,7 +861,7 @@ def rollout_metrics(batch, sampler, task):
 SAMPLE_COLUMNS = ("iteration", "prompt", "answer", "score", "kl", "tokens", "eos", "gold")
 
 
-def samples_for_log(batch, iteration, scorers, task):
+def samples_for_log(batch, iteration, scorers, gold):
     """Yields what samples.jsonl keeps of each answer."""
     columns = {"prompt": batch.prompts, "answer": batch.answers}
     columns["score"] = total_score(batch, scorers).tolist()
@@ -868,8 +871,8 @@ def samples_for_log(batch, iteration, scorers, task):
     columns["kl"] = batch.kl.tolist()
     columns["tokens"] = batch.mask.sum(1).tolist()
     columns["eos"] = batch.finished.tolist()
-    if task:
-        columns["gold"] = gold_accuracy(batch, task)
+    if gold:
+        columns["gold"] = gold
     for values in zip(*columns.values()):
         sample = {"iteration": iteration}
         for name, value in zip(columns, values):
@@ -1034,7 +1037,8 @@ def main(cfg):
         metrics |= update(batch, actor, critic, ema, mix, cfg, micro_batch, iteration)
         update_s = clock.lap()
 
-        metrics |= rollout_metrics(batch, sampler, task)
+        gold = gold_accuracy(batch, task)
+        metrics |= rollout_metrics(batch, sampler, gold)
         metrics |= {"rollout_s": rollout_s, "score_s": score_s, "update_s": update_s}
         metrics["seconds"] = rollout_s + score_s + update_s
         metrics["tokens_per_s"] = int(batch.mask.sum()) / rollout_s
@@ -1050,7 +1054,7 @@ def main(cfg):
                 models.save_model(actor.module.lm, tokenizer, f"{cfg.out}/ema", template)
                 metrics |= evaluate_now(name="eval_ema")
         log(iteration, metrics)
-        log.samples(samples_for_log(batch, iteration, scorers, task))
+        log.samples(samples_for_log(batch, iteration, scorers, gold))
         log.samples(tokens_for_log(batch, iteration, scorers, tokenizer), "tokens.jsonl", "step")
         print_progress(batch, metrics, iteration, cfg)
         checkpoint.save(iteration, **run_state(mix, before, scorers))

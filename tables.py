@@ -590,15 +590,6 @@ def dry_run_section(counts, path):
         "", *table(header, lines)]
 
 
-def code(text):
-    """Inline code in a cell of a table."""
-    return "`" + text.replace("|", "\\|") + "`"
-
-
-# Why no test notices a mutant: its number in mutants.py -> a sentence.
-SURVIVORS = {}
-
-
 def mutants_section(record, path):
     rows = record["mutants"]
     first = record["first_version"]
@@ -609,7 +600,7 @@ def mutants_section(record, path):
     total = len(rows)
     noticed = sum(row["noticed"] for row in rows)
     lines.append(["all", f"{total}", f"**{noticed}**"])
-    section = [
+    return [
         "## Mutants",
         "",
         f"`python mutants.py` makes {total} changes of one line to {code_of(record)}, each a "
@@ -622,15 +613,6 @@ def mutants_section(record, path):
         "",
         *table(["file", "mutants", "noticed"], lines),
     ]
-    survivors = [row for row in rows if not row["noticed"]]
-    if survivors:
-        cells = []
-        for row in survivors:
-            place = f"{row['file']}:{row['line']}"
-            why = SURVIVORS.get(row["number"], "nobody has looked at it yet")
-            cells.append([place, code(row["old"]), code(row["new"]), why])
-        section += ["", "Not noticed:", "", *table(["line", "is", "became", "why"], cells)]
-    return section
 
 
 def methods_section(record, path):

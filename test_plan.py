@@ -376,6 +376,12 @@ def test_flags_are_those_of_ppo():
 # DeepSpeed-Chat's tables
 
 
+def test_tables_that_cannot_be_written_get_one_sentence(tmp_path):
+    path = tmp_path / "none" / "plan.json"
+    with pytest.raises(utils.UserError, match="plan.json cannot be written: .*; name another file"):
+        plan.main(config(deepspeed_chat=True, out=str(path)))
+
+
 def test_the_tables_are_what_the_plans_give():
     record = tables.read_json(RESULTS / "plan.json")
     assert "assumed" in record["basis"] and "measured" not in record["basis"], "no GPU was measured"

@@ -600,16 +600,24 @@ def limit_file_size(room):
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
 
+def error_of(write, *args, **kwargs):
+    """[The message of the UserError that this call raises], or []. Then files may grow again."""
+    try:
+        write(*args, **kwargs)
+        return []
+    except UserError as error:
+        return [str(error)]
+    finally:
+        limit_file_size(resource.RLIM_INFINITY)
+
+
 def save_with_little_room(out):
     utils.init_distributed(0)
+    model = (model_of("llama"), models.tiny_tokenizer(), out, TEMPLATE)
     messages = []
     for room in ROOMS:
         limit_file_size(room)
-        try:
-            models.save_model(model_of("llama"), models.tiny_tokenizer(), out, TEMPLATE)
-        except UserError as error:
-            messages.append(str(error))
-        limit_file_size(resource.RLIM_INFINITY)
+        messages += error_of(models.save_model, *model)
     return messages
 
 
@@ -1489,11 +1497,8 @@ def limit_file_size_at(last, room):
 def checkpoint_with_little_room(out):
     messages = []
     for room in ROOMS:
-        try:
-            short_run(Flags(out=f"{out}/{room}"), at_step=limit_file_size_at(3, room))
-        except UserError as error:
-            messages.append(str(error))
-        limit_file_size(resource.RLIM_INFINITY)
+        cfg = Flags(out=f"{out}/{room}")
+        messages += error_of(short_run, cfg, at_step=limit_file_size_at(3, room))
     return messages
 
 
@@ -1513,18 +1518,14 @@ def log_with_little_room(out):
     row = {"iteration": 1, "answer": "x" * 60}
     log(1, {"loss": 1.0})
     log.samples([row])
-    limit_file_size(100)
     messages = []
     for write in (
         lambda: log(2, dict.fromkeys("abcdefghij", 1.0)),
         lambda: log.samples([row, row]),
         lambda: utils.Log(cfg, 9, {}),
     ):
-        try:
-            write()
-        except UserError as error:
-            messages.append(str(error))
-    limit_file_size(resource.RLIM_INFINITY)
+        limit_file_size(100)
+        messages += error_of(write)
     return messages
 
 

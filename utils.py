@@ -553,14 +553,13 @@ def disk_problem(folder, error):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """Around what writes a file of a run: an error of the disk becomes a UserError."""
+def writing(path, advice=". When this is fixed, go on with --resume"):
+    """Around what writes a file: an error of the disk becomes a UserError. advice: its end."""
     try:
         yield
     except OSError as error:
         problem = disk_problem(Path(path).parent, error)
-        message = f"{path} cannot be written: {problem}. When this is fixed, go on with --resume"
-        raise UserError(message) from None
+        raise UserError(f"{path} cannot be written: {problem}{advice}") from None
 
 
 def atomic_write(path, text):
@@ -646,8 +645,8 @@ class Log:
                 self.file.flush()
             if self.tracker:
                 self.tracker.log(finite, step=step)
-            if self.tracker and step == self.total:
-                self.tracker.finish()
+                if step == self.total:
+                    self.tracker.finish()
 
     def samples(self, rows, name="samples.jsonl", key="iteration"):
         """Appends rows to OUT/samples.jsonl or another file. row[key] is the iteration."""
