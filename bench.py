@@ -128,7 +128,8 @@ class Config:
     compare: bool = True           # generate and ppo: measure transformers too
     group: int = 0                 # rows that transformers generates at a time; 0: all that fit
     repeats: int = 7               # measurements of each side; the median counts
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU
+    #   that computes with it (from Ampere on), else fp32
     out: str = "results"           # folder of the JSON files
     seed: int = 1                  # of weights and of sampling
 

@@ -40,7 +40,8 @@ class Config:
     engine: Literal["hybrid", "hf"] = "hybrid"  # what samples: ours or transformers.generate, which
     #   is slower and knows more models
     seed: int = 1                  # of sampling
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU
+    #   that computes with it (from Ampere on), else fp32
     # server
     serve: int = 0                 # port of a server: a page, and OpenAI's interface for programs,
     #   which may choose other values than these flags in a request; 0: talk in this terminal

@@ -90,7 +90,8 @@ class Config:
     ema: float = 0.992             # decay of the actor's EMA, saved in OUT/ema; 0: no EMA
     # run
     seed: int = 1                  # of initial weights, of the order of rows and of sampling
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU
+    #   that computes with it (from Ampere on), else fp32
     zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage: shards optimizer (1), gradients (2), weights (3)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     offload: bool = False          # keep optimizers, frozen models and ZeRO-3 shards in CPU memory

@@ -64,7 +64,8 @@ class Config:
     lr: float = 2.5e-4             # peak learning rate; about 1e-5 for a pretrained model
     # run
     seed: int = 1                  # of initial weights and of the order of rows
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU
+    #   that computes with it (from Ampere on), else fp32
     zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage: shards optimizer (1), gradients (2), weights (3)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     offload: bool = False          # keep optimizers, frozen models and ZeRO-3 shards in CPU memory
@@ -263,6 +264,7 @@ def main(cfg):
 
     # ---- normalize scores, on training rows ----
     some = np.random.default_rng(cfg.seed).permutation(len(train))[:EVAL_ROWS]
+    utils.print0(f"normalizing scores on {len(some)} training rows")
     scores, ranks = score_rows(engine, train, some, n_forwards, micro_batch, device)  # (n, K) each
     offset = scores[:, 0].mean().item()  # the best answer (the first of equals) scores 0 on average
     scale = 1 / max(scores[ranks > 0].std().item(), 1e-3)  # scores of all answers have variance 1

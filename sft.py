@@ -53,7 +53,8 @@ class Config:
     lr: float = 1e-3               # peak learning rate; about 1e-5 for a pretrained model
     # run
     seed: int = 1                  # of initial weights and of the order of rows
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU
+    #   that computes with it (from Ampere on), else fp32
     zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage: shards optimizer (1), gradients (2), weights (3)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     offload: bool = False          # keep optimizers, frozen models and ZeRO-3 shards in CPU memory

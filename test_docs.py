@@ -7,10 +7,12 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
 import sys
 import typing
+from pathlib import Path
 
 from testing import HERE, train  # before torch: it sets environment variables
 
@@ -20,7 +22,10 @@ import torch
 
 import bench
 import chat
+import data
 import demo
+import experiments
+import models
 import plan
 import ppo
 import reward
@@ -28,11 +33,13 @@ import sft
 import tasks
 import training
 import utils
+from experiments import flags_of_recipe, recipes
 
 README = (HERE / "README.md").read_text()
 RECIPES = README + (HERE / "RECIPES.md").read_text()
 TRAINING_SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo}
-SCRIPTS = {**TRAINING_SCRIPTS, "chat": chat, "demo": demo, "plan": plan}
+SCRIPTS = {
+    **TRAINING_SCRIPTS, "chat": chat, "demo": demo, "plan": plan, "experiments": experiments}
 
 # What all runs below have in common: 240 rows, a few steps of 8 rows.
 STEPS = dict(held_out=0.2, batch_size=8, max_len=64)
@@ -202,6 +209,57 @@ def test_the_files_that_the_readme_links_to_and_lists_exist():
     assert listed == {path.name for path in HERE.glob("*.py")} - tests
 
 
+def notebook_cells():
+    """The code of demo.ipynb, a text per cell."""
+    cells = json.loads((HERE / "demo.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells), "outputs are not committed"
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_commands_of_the_notebook_parse():
+    text = "\n".join(notebook_cells()).replace("\\\n", " ")
+    found = re.findall(rf"!python ({'|'.join(SCRIPTS)})\.py(.*)", text)
+    assert {name for name, _ in found} == {"demo", "chat", "ppo"}
+    for name, flags in found:
+        utils.parse_args(SCRIPTS[name].Config, shlex.split(flags))
+
+
+def test_the_python_of_the_notebook_reads_a_run(chain, tmp_path, monkeypatch, capsys):
+    run, folder = Path(chain["ppo"][0]), tmp_path / "out/demo/ppo"
+    folder.mkdir(parents=True)
+    (folder / "tokens.jsonl").write_text((run / "tokens.jsonl").read_text())
+    samples = (run / "samples.jsonl").read_text()
+    (folder / "samples.jsonl").write_text(samples.replace("}\n", ', "gold": 1.0}\n'))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for cell in notebook_cells():
+        is_python = not re.search(r"^ *[!%]", cell, re.M)
+        if is_python and "IPython" not in cell:
+            exec(compile(cell, "demo.ipynb", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "iteration 1" in printed and "advantages" in printed
+    assert repr(names["row"]["response_tokens"][0]) in printed
+
+
+@pytest.mark.skipif(not os.environ.get("FLATRLHF_LONG"), reason="`make test-long`")
+def test_the_notebook_runs(chain, tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    for path in [*HERE.glob("*.py"), HERE / "demo.ipynb"]:
+        (tmp_path / path.name).symlink_to(path)
+    for name in ("sft", "reward", "ppo"):
+        (tmp_path / "out/demo").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out/demo" / name).symlink_to(chain[name][0])
+    (tmp_path / "out/demo/curves.png").write_bytes(b"\x89PNG")
+    notebook = nbformat.read(tmp_path / "demo.ipynb", 4)
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=os.environ | path)
+    printed = str([cell.get("outputs") for cell in notebook.cells])
+    assert "Traceback" not in printed and "saved out/no-kl" in printed
+
+
 def test_the_readme_is_short():
     prose = re.sub(r"```.*?```", "", README, flags=re.S)
     assert len(prose.split()) <= 2300
@@ -253,41 +311,9 @@ def test_the_speed_of_generation_in_the_readme_is_that_in_results():
 # the README's recipes
 
 
-def recipes():
-    """{title: [(old lines, new lines)]} of all diffs in README.md and RECIPES.md, which are written
-    as **title**, a text, the diff."""
-    found = {}
-    pattern = r"\*\*([^*\n]+)\*\*((?!\*\*|```).)*```diff\n(.*?)```"
-    for title, _, diff in re.findall(pattern, RECIPES, re.S):
-        hunks = []
-        for old, new in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)+)", diff, re.M):
-            hunks.append((without_signs(old), without_signs(new)))
-        lines = sum(old.count("\n") + new.count("\n") for old, new in hunks)
-        assert lines == diff.count("\n"), f"{title}: a line is in no hunk"
-        found[title] = hunks
-    return found
-
-
-def flags_of_recipe(title):
-    """The flags that its text gives, as in: With `--answers-per-prompt 4`."""
-    [text] = re.findall(rf"\*\*{re.escape(title)}\*\*(.*?)```diff", RECIPES, re.S)
-    found = re.findall(r"`--([a-z-]+) (\d+)`", text)
-    return {name.replace("-", "_"): int(value) for name, value in found}
-
-
-def without_signs(lines):
-    return "".join(line[1:] + "\n" for line in lines.splitlines())
-
-
 def apply_recipe(title, folder, hunks=None):
     """Imports ppo.py with a recipe's changes, or only some of them, as a module."""
-    source = (HERE / "ppo.py").read_text()
-    original = source.splitlines(keepends=True)
-    for old, new in hunks or recipes()[title]:
-        for line in old.splitlines(keepends=True):
-            assert original.count(line) == 1, f"this line is not once in ppo.py:\n{line}"
-        assert source.count(old) == 1, f"these lines are not once in ppo.py:\n{old}"
-        source = source.replace(old, new)
+    source = experiments.change_ppo(hunks or recipes()[title])
     for line in source.splitlines():
         assert len(line) <= 100, line
     name = "recipe_" + re.sub(r"\W", "_", title)
@@ -317,7 +343,8 @@ def test_the_readme_has_the_recipes_that_are_not_flags():
 
 def test_every_recipe_has_been_measured():
     measured = {row["name"] for row in read_results("recipes")}
-    assert measured == {"PPO", *recipes()}
+    measured |= {row["variant"] for row in read_results("break")["rows"]}
+    assert set(recipes()) <= measured
 
 
 @pytest.mark.parametrize("title", recipes())
@@ -604,6 +631,31 @@ def test_with_the_samplers_old_logprobs_the_numbers_are_nearly_those_of_the_trai
     assert single[1]["ratio_max"] == pytest.approx(1, abs=1e-3)
 
 
+def test_dropout_moves_the_ratio_from_one_before_the_first_step(flags, tmp_path):
+    batch = first_batch("Dropout", flags | dict(ppo_epochs=1), tmp_path)
+    ratio = batch.ratio[:8][batch.mask[:8]]  # of the first minibatch
+    assert (ratio - 1).abs().max() > 0.01
+    batch = first_batch("EOS is not an action", flags | dict(ppo_epochs=1), tmp_path / "two")
+    assert (batch.ratio[:8][batch.mask[:8]] == 1).all(), "as without the mistake"
+
+
+def test_eos_that_is_not_an_action_is_a_hole_in_the_mask(flags, tmp_path):
+    batch = first_batch("EOS is not an action", flags, tmp_path)
+    for i in range(len(batch)):
+        A = int(batch.answer_lens[i])
+        assert batch.mask[i, : A - 1].all()
+        assert bool(batch.mask[i, A - 1]) != bool(batch.finished[i])
+
+
+def test_log_probabilities_without_the_temperature_leave_a_gap_to_the_sampler(flags, tmp_path):
+    batch = first_batch("Log-probabilities without the temperature", flags, tmp_path)
+    right = first_batch("Advantages as they are", flags | dict(temperature=0.7), tmp_path / "two")
+    assert torch.equal(batch.tokens, right.tokens)
+    assert torch.equal(batch.sample_logprobs, right.sample_logprobs)
+    assert (right.old_logprobs - right.sample_logprobs)[right.mask].abs().max() < 1e-4
+    assert (batch.old_logprobs - batch.sample_logprobs)[batch.mask].abs().mean() > 0.1
+
+
 def test_the_calculator_of_the_recipes_calls_and_is_called(chain, tmp_path):
     [text] = re.findall(r"```python\n(# calculator\.py\n.*?)```", RECIPES, re.S)
     lines = [line for line in text.splitlines() if line.strip()]
@@ -638,3 +690,85 @@ def test_a_batch_that_the_ranks_cannot_share_gets_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     with pytest.raises(utils.UserError, match="the 8 rows .* cannot be divided among 3 ranks"):
         utils.micro_batch_size(8, 0)
+
+
+# -----------------------------------------------------------------------------
+# experiments
+
+
+def test_an_experiment_runs_once_and_its_rows_are_kept(chain, toy_file, tmp_path, monkeypatch):
+    """The real scripts, on small models; the second time nothing is run."""
+
+    def one_variant():
+        def measure(lab):
+            rows = lab.run(
+                "run", "ppo.py", [experiments.start_from(chain["ppo"][0]),
+                experiments.ONLY_ROLLOUT], model=chain["sft"][0], reward=chain["reward"][0],
+                data=toy_file, held_out=0.2, batch_size=8, max_len=64, max_new_tokens=8,
+                iterations=1, ema=0)
+            return {"kl": rows[0]["eval_kl"], "cpu_seconds": rows[-1]["cpu_seconds"]}
+        return {"variant": measure}
+
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"one": one_variant})
+    cfg = experiments.Config(
+        seeds="3", out=str(tmp_path / "runs"), results=str(tmp_path))
+    experiments.main(cfg)
+    [row] = json.loads((tmp_path / "one.json").read_text())["rows"]
+    assert (row["variant"], row["seed"]) == ("variant", 3)
+    assert row["kl"] != 0, "the actor starts from another model than the reference"
+    assert row["cpu_seconds"] > 1
+    samples = (tmp_path / "runs/3/run/samples.jsonl").read_text().splitlines()
+    assert len(samples) == 8
+    same = weights_of(tmp_path / "runs/3/run") == weights_of(Path(chain["ppo"][0]))
+    assert same, "only a rollout: nothing is trained"
+
+    def no_second_run(*arguments):
+        raise AssertionError("a finished run is not repeated")
+
+    monkeypatch.setattr(experiments, "run_alone", no_second_run)
+    experiments.main(cfg)  # its row is in one.json
+    (tmp_path / "one.json").unlink()
+    experiments.main(cfg)  # its run is in the folder
+    assert json.loads((tmp_path / "one.json").read_text())["rows"] == [row]
+
+
+def weights_of(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_an_experiment_that_fails_leaves_the_others_their_rows(tmp_path, monkeypatch, capsys):
+    def fails(lab):
+        raise utils.UserError("no model")
+
+    variants = {"bad": fails, "good": lambda lab: {"x": lab.seed}}
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"two": lambda: variants})
+    cfg = experiments.Config(seeds="1,2", out=str(tmp_path / "runs"), results=str(tmp_path))
+    with pytest.raises(utils.UserError, match="2 of 4 measurements did not finish"):
+        experiments.main(cfg)
+    assert "error: bad, seed 1: no model" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "two.json").read_text())["rows"]
+    assert rows == [{"variant": "good", "seed": 1, "x": 1}, {"variant": "good", "seed": 2, "x": 2}]
+
+
+def test_an_unknown_experiment_is_named():
+    with pytest.raises(utils.UserError, match="--names sweep: there are methods, break"):
+        experiments.main(experiments.Config(names="sweep"))
+
+
+def test_rows_that_experiments_hold_out_are_those_that_the_scripts_hold_out(tmp_path):
+    rows = experiments.held_out_rows("toy")
+    tokenizer = models.load_tokenizer("tiny")
+    _, held_out = data.load(
+        "toy", "ppo", "", 0.05, data.DEFAULT_TEMPLATE, tokenizer, 64)
+    prompts = {tokenizer.decode(held_out.prompt(i)) for i in range(len(held_out))}
+    assert prompts == {data.DEFAULT_TEMPLATE.format(prompt=row["prompt"]) for row in rows}
+
+
+def test_the_best_of_a_group_is_finished_and_has_the_highest_score():
+    samples = [
+        {"eos": False, "score": 3.0}, {"eos": True, "score": 1.0}, {"eos": True, "score": 2.0},
+        {"eos": True, "score": 0.0}, {"eos": True, "score": -1.0}, {"eos": False, "score": 9.0}]
+    groups = experiments.groups_of(3, samples)
+    assert [max(group, key=experiments.merit)["score"] for group in groups] == [2.0, 0.0]
+    prompt = data.DEFAULT_TEMPLATE.format(prompt="sort ba")
+    assert experiments.without_template(prompt) == "sort ba"

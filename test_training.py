@@ -352,6 +352,16 @@ def test_a_reward_model_is_not_taken_for_a_language_model(tmp_path):
         models.load_lm(str(tmp_path), torch.float32)
 
 
+@pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_auto_takes_bf16_only_from_a_gpu_that_computes_with_it(native, expected, monkeypatch):
+    def is_bf16_supported(including_emulation=True):
+        return native or including_emulation  # as on a T4
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert utils.dtype_of("auto") == expected
+    assert utils.dtype_of("bf16") == torch.bfloat16
+
+
 def test_dropout_is_off_and_buffers_keep_their_precision_in_what_is_loaded(lm_folder):
     config = json.loads((lm_folder / "config.json").read_text())
     (lm_folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))

@@ -343,9 +343,11 @@ def quiet_transformers():
 
 
 def dtype_of(name):
-    """--dtype to a torch.dtype; auto is bf16 on a GPU and fp32 on a CPU."""
+    """--dtype to a torch.dtype; auto is bf16 on a GPU that computes with it, from Ampere on. Older
+    ones, such as the T4, only emulate it, slowly."""
     if name == "auto":
-        name = "bf16" if torch.cuda.is_available() else "fp32"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if native else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
