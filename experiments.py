@@ -396,7 +396,7 @@ def draw_overoptimization(rows, path):
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True, sharey=True)
     colors = {0.0: "C3", 0.05: "C0", 0.3: "C2"}
     for ax, pairs in zip(axes, (100, 1000, 0)):
         score_ax = ax.twinx()
@@ -412,7 +412,7 @@ def draw_overoptimization(rows, path):
             x = [max(point["kl"], 0) ** 0.5 for point in row["curve"]]
             ax.plot(x, [point["gold"] for point in row["curve"]], color=color, label=label)
             score_ax.plot(x, [point["score"] for point in row["curve"]], "--", color=color, lw=0.8)
-        ax.set_title(f"reward model of {pairs or 'all'} pairs")
+        ax.set_title(f"reward model of {pairs:,} pairs" if pairs else "reward model of all pairs")
         ax.set(xlabel="square root of the KL, nats per answer", ylabel="gold accuracy (solid)")
         ax.set_ylim(0, 1.02)
         score_ax.set_ylabel("score (dashed)")

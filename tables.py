@@ -615,34 +615,255 @@ def mutants_section(record, path):
     ]
 
 
-def methods_section(record, path):
-    by_method = {}
-    for row in record["rows"]:
-        by_method.setdefault(row["method"], []).append(row)
+def by_variant(record):
+    """{variant of an experiment: its rows, one per seed}."""
+    rows_of = {}
+    for row in sorted(record["rows"], key=lambda row: row["seed"]):
+        rows_of.setdefault(row["variant"], []).append(row)
+    return rows_of
+
+
+def seeds(rows, name, form):
+    """One number of each seed."""
+    return " / ".join(format(row[name], form) for row in rows)
+
+
+def mean(rows, name, form):
+    """The mean over those seeds for which it was measured."""
+    values = [row[name] for row in rows if row[name] is not None]
+    return format(sum(values) / len(values), form)
+
+
+def how_experimented(record, path):
+    return (
+        f"`{record['command']}`, three seeds, each with its own models, on a CPU "
+        f"({record['processor']}, one thread, beside other work), with {code_of(record)} "
+        f"([{path.name}]({path.name}))."
+    )
+
+
+def methods_table(record):
     lines = []
-    for method, rows in by_method.items():
-        gold = [row["gold"] for row in rows]
-        seconds = [row["cpu_seconds"] for row in rows if row["cpu_seconds"]]
+    for variant, rows in by_variant(record).items():
         lines.append([
-            method,
-            " / ".join(f"{x:.1%}" for x in gold),
-            f"**{sum(gold) / len(gold):.1%}**",
-            " / ".join(f"{row['kl']:.2f}" for row in rows),
-            f"{sum(seconds) / len(seconds):.0f}",
+            variant,
+            seeds(rows, "gold", ".1%"),
+            f"**{mean(rows, 'gold', '.1%')}**",
+            seeds(rows, "kl", ".2f"),
+            mean(rows, "cpu_seconds", ".0f"),
         ])
-    before = " / ".join(f"{row['gold_before']:.1%}" for row in by_method["PPO"])
+    return table(["", "gold accuracy", "mean", "KL, nats per answer", "CPU seconds"], lines)
+
+
+def methods_section(record, path):
+    before = seeds(by_variant(record)["PPO"], "gold_before", ".1%")
     return [
         "## Which method?",
         "",
-        "PPO and the recipes without a critic on `toy`: the same 6,144 sampled answers each, four "
-        "to a prompt where answers are compared; three seeds, each with the models of its own "
-        f"demo: `{record['command']}`, on a CPU ({record['processor']}, one thread, beside other "
-        f"work), with {code_of(record)} ([{path.name}]({path.name})). Gold accuracy on 512 "
-        f"held-out prompts, before it {before}; seconds of CPU time. The critic costs PPO about "
-        "half as much time again. With answers of five tokens and a good reward model it buys no "
-        "accuracy beyond the noise of 3 points.",
+        "On `toy`, all that train do so on the same 6,144 sampled answers, four to a prompt where "
+        f"answers are compared: {how_experimented(record, path)} Gold accuracy on 512 held-out "
+        f"prompts, before training {before}; seconds of CPU time. Filtered fine-tuning keeps the "
+        "best of four answers, three times. Best of n does not train: it samples n answers to "
+        "every prompt and takes the one that the reward model likes best; its KL is at most log n "
+        "- (n - 1) / n, and its seconds are those of 512 prompts.",
         "",
-        *table(["", "gold accuracy", "mean", "KL, nats per answer", "CPU seconds"], lines),
+        *methods_table(record),
+        "",
+        "The critic costs PPO about half as much time again. With answers of five tokens and a "
+        "good reward model it buys no accuracy beyond the noise of 3 points. Best of 4 beats them "
+        "all, at four times the price of every answer from then on; with 16, the reward model's "
+        "mistakes are found more often, and accuracy falls again. Filtered fine-tuning learns "
+        "least from the same samples.",
+    ]
+
+
+def countdown_methods_section(record, path):
+    before = seeds(by_variant(record)["PPO"], "gold_before", ".1%")
+    return [
+        "### On countdown",
+        "",
+        "The same with the exact checker as reward and, for PPO, a new critic: "
+        f"{how_experimented(record, path)} Before training {before} are solved.",
+        "",
+        *methods_table(record),
+    ]
+
+
+def break_section(record, path):
+    lines = []
+    for variant, rows in by_variant(record).items():
+        lines.append([
+            variant,
+            seeds(rows, "gold", ".1%"),
+            seeds(rows, "kl", ".2f"),
+            mean(rows, "entropy", ".2f"),
+            mean(rows, "first_gap", ".0e"),
+            mean(rows, "clip_frac", ".1%"),
+            mean(rows, "actor_grad_norm", ".2f"),
+        ])
+    header = [
+        "", "gold accuracy", "`eval_kl`", "`entropy`", "`engine_gap_mean`, iteration 1",
+        "`clip_frac`", "`actor_grad_norm`",
+    ]
+    return [
+        "## Break it",
+        "",
+        "24 iterations of 256 answers with one mistake each, of [those in "
+        f"RECIPES.md](../RECIPES.md#break-it): {how_experimented(record, path)} Gold accuracy and "
+        "KL on held-out prompts, one number per seed; the rest is the mean over the seeds, of the "
+        "last iteration.",
+        "",
+        *table(header, lines),
+        "",
+        "On a task as easy as this one no mistake stops PPO from learning: that is why they live "
+        "long. What gives them away is another column. With dropout, sampler and trainer disagree "
+        "by a twentieth of a nat per token where it should be rounding, and answers are clipped "
+        "although the policy has hardly moved. Where EOS is not an action, accuracy stays behind: "
+        "when to end is half of what these answers get wrong, and nothing trains it but the other "
+        "tokens. Without whitening the gradient has the scale of the scores; here that is near "
+        "enough to 1, with another scorer it is not. Log-probabilities without the temperature "
+        "show in the gap alone: KL and entropy are those of a policy that nobody samples from.",
+    ]
+
+
+def overoptimization_section(record, path):
+    lines = []
+    for rows in by_variant(record).values():
+        pairs = rows[0]["pairs"]
+        lines.append([
+            f"{pairs or 'all'}",
+            mean(rows, "accuracy", ".1%"),
+            f"{rows[0]['kl_coef']:g}",
+            seeds(rows, "gold_best", ".1%"),
+            seeds(rows, "gold", ".1%"),
+            seeds(rows, "score", ".2f"),
+            seeds(rows, "kl", ".1f"),
+        ])
+    header = [
+        "pairs", "reward model accuracy", "KL coefficient", "best gold accuracy",
+        "last gold accuracy", "last score", "KL, nats per answer",
+    ]
+    return [
+        "## When does it break?",
+        "",
+        "The score of a reward model is a proxy of what it was meant to teach. Pushed far enough, "
+        "the score rises and the gold accuracy falls ([Gao et al. "
+        "2022](https://arxiv.org/abs/2210.10760)). Here: 40 iterations of 128 answers with reward "
+        "models that have seen 100, 1,000 or all 22,738 pairs of `toy`: "
+        f"{how_experimented(record, path)} On held-out prompts, one number per seed:",
+        "",
+        *table(header, lines),
+        "",
+        "![gold accuracy and score over the square root of KL](overoptimization.png)",
+        "",
+        "With 100 pairs and no KL penalty the policy finds what the reward model mistakes for a "
+        "good answer: the score rises, and the gold accuracy falls far below where it began. The "
+        "KL penalty protects: with a coefficient of 0.3 even this reward model improves the "
+        "policy. With all pairs the coefficient hardly matters, so the demo can afford 0.05. "
+        "Without an exact checker nobody would see the difference in the score; the KL shows it.",
+    ]
+
+
+def mixture_section(record, path):
+    lines = []
+    for variant, rows in by_variant(record).items():
+        trained = "-" if variant == "SFT" else seeds(rows, "gold_trained_skills", ".1%")
+        lines.append([
+            variant,
+            trained,
+            seeds(rows, "gold_hidden_skill", ".1%"),
+            seeds(rows, "kl_hidden_skill", ".2f"),
+            seeds(rows, "held_out_loss", ".3f"),
+        ])
+    header = [
+        "", "accuracy, five skills", "accuracy, `reverse`", "KL on `reverse`",
+        "loss, nats per token",
+    ]
+    return [
+        "## What does the mixture retain?",
+        "",
+        "PPO on prompts of five of `toy`'s six skills; `reverse` is only in the demonstrations of "
+        f"SFT, which are the mixture (`--ptx-data toy`): {how_experimented(record, path)} 16 "
+        "iterations of 256 answers; then accuracy on held-out prompts of the five skills and of "
+        "`reverse`, and the loss on held-out demonstrations of all six.",
+        "",
+        *table(header, lines),
+    ]
+
+
+def ema_section(record, path):
+    decays = [name.removeprefix("gold_") for name in record["rows"][0] if name[5:6] == "0"]
+    lines = []
+    for variant, rows in by_variant(record).items():
+        cells = [variant, seeds(rows, "gold", ".1%")]
+        cells += [seeds(rows, f"gold_{decay}", ".1%") for decay in decays]
+        lines.append(cells)
+    return [
+        "## Is EMA better?",
+        "",
+        "Runs of 128 answers and four optimizer steps per iteration; several EMAs of the same "
+        f"weights, judged at the end: {how_experimented(record, path)} Gold accuracy on 512 "
+        "held-out prompts:",
+        "",
+        *table(["", "the last weights", *[f"decay {decay}" for decay in decays]], lines),
+        "",
+        "Not in runs of this length: no decay is better than the last weights beyond the noise. "
+        "The learning rate falls to a tenth, so the last weights are settled already; and an EMA "
+        "forgets where it began only after a few times 1 / (1 - decay) steps: of the weights at "
+        "the start, 0.992 still holds 77% after 32 steps and 13% after 256. The default is that of "
+        "InstructGPT, for runs of thousands of steps; in shorter ones take `--ema 0.9`, or 0.",
+    ]
+
+
+def gap_section(record, path):
+    lines = []
+    for variant, rows in by_variant(record).items():
+        lines.append([
+            variant, seeds(rows, "gap_mean", ".1e"), seeds(rows, "gap_max", ".1e")
+        ])
+    return [
+        "## Sampler against trainer",
+        "",
+        "How far the log-probabilities of the engine and of the trained model are from each other, "
+        f"for the same token and the same weights: {how_experimented(record, path)} Four "
+        "iterations of 256 answers.",
+        "",
+        *table(["weights", "mean difference, nats", "largest difference, nats"], lines),
+    ]
+
+
+def smollm2_section(record, path):
+    gspo, ppo = record["gspo"]["evaluations"], record["ppo"]["evaluations"]
+    lines = []
+    for name, rows in (("GSPO, exact checker", gspo), ("PPO, reward model", ppo)):
+        for row in rows:
+            gold = f"{row['eval_gold']:.1%}"
+            cells = [name, f"{row['step']}", gold, f"{row['eval_score']:.2f}"]
+            lines.append([*cells, f"{max(row['eval_kl'], 0):.2f}"])
+    first_loss, last_loss = record["sft"]["held_out_loss"][0], record["sft"]["held_out_loss"][-1]
+    reward, generate = record["reward"], record["generate"]
+    ours, theirs = (sorted(generate["seconds"][name])[1] for name in ("ours", "transformers"))
+    return [
+        "## A real model offline",
+        "",
+        f"{record['model']}, on `{record['task']}` with LoRA of rank 16, in float32 on one core of "
+        f"a CPU ({record['processor']}, beside other work), with {code_of(record)} "
+        f"([{path.name}]({path.name})); the commands are in "
+        "[RECIPES.md](../RECIPES.md#a-real-model-offline). "
+        f"{record['sft']['steps']} steps of SFT bring the held-out loss from {first_loss:.2f} "
+        f"(after two) to {last_loss:.2f} nats per token; {reward['steps']} steps of 8 pairs bring "
+        f"the reward model to {reward['accuracy'][-1]:.0%} of {reward['held_out_pairs']} held-out "
+        "pairs, whose rejected answers are another order of the same words.",
+        "",
+        *table(["", "iteration", "solved", "score", "KL, nats per answer"], lines),
+        "",
+        "With 50 to 100 held-out prompts a standard error is 4 to 6 points, so this shows that all "
+        "three steps run on a real chat model, not how far they lead.",
+        "",
+        f"Greedy answers to {generate['prompts']} prompts ({generate['prompt_tokens']:,} tokens, "
+        f"answers of {generate['tokens']:,}): the engine {ours:.0f} s, `transformers.generate` "
+        f"{theirs:.0f} s, medians of three turns, and the same tokens. Almost all of it is the "
+        "prompts, which both compute alike.",
     ]
 
 
@@ -695,9 +916,16 @@ OTHER_SECTIONS = {
     "sweep": sweep_section,
     "recipes": recipes_section,
     "methods": methods_section,
+    "countdown-methods": countdown_methods_section,
+    "overoptimization": overoptimization_section,
+    "break": break_section,
+    "mixture": mixture_section,
+    "ema": ema_section,
+    "gap": gap_section,
     "tool": tool_section,
     "countdown": countdown_section,
     "real-data": real_data_section,
+    "smollm2": smollm2_section,
     "faults": faults_section,
     "kernels-compile": compiled_section,
     "dryrun": dry_run_section,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import bench
+import experiments
 import kernels
 import mutants
 import tables
@@ -532,13 +533,76 @@ def test_every_recipe_learns():
         assert row["gold"] > row["gold_before"] + 0.1, row
 
 
-def test_all_methods_learn_and_none_is_far_ahead():
-    gold = {}
+def means(name, column="gold"):
+    """{variant of an experiment: mean over its three seeds}."""
+    values = {}
+    for row in result(name)["rows"]:
+        values.setdefault(row["variant"], []).append(row[column])
+    assert all(len(each) == 3 for each in values.values()), "three seeds"
+    return {variant: sum(each) / 3 for variant, each in values.items()}
+
+
+def test_all_methods_learn_and_none_of_those_with_a_gradient_is_far_ahead():
+    gold = means("methods")
+    before = means("break", "gold_before")["PPO"]
+    assert min(gold.values()) > before + 0.15
+    trained = [gold[method] for method in experiments.METHODS["toy"]]
+    assert max(trained) - min(trained) < 0.03
+    assert gold["best of 4"] > max(trained) + 0.03
+    assert gold["best of 16"] < gold["best of 4"] - 0.03
+    assert gold["filtered fine-tuning"] < min(trained) - 0.01
+    seconds = {}
     for row in result("methods")["rows"]:
-        assert row["gold"] > row["gold_before"] + 0.15, row
-        gold.setdefault(row["method"], []).append(row["gold"])
-    means = [sum(values) / 3 for values in gold.values()]
-    assert max(means) - min(means) < 0.03
+        if row["cpu_seconds"]:
+            seconds.setdefault(row["variant"], []).append(row["cpu_seconds"])
+    assert 1.2 < np.mean(seconds["PPO"]) / np.mean(seconds["RLOO"]) < 1.8
+
+
+def test_mistakes_show_in_the_columns_that_the_page_names():
+    gold, gap = means("break"), means("break", "first_gap")
+    assert set(gold) == {
+        "PPO", "KL coefficient 0", "PPO at temperature 0.7", *experiments.MISTAKES}
+    before = means("break", "gold_before")
+    assert all(gold[variant] > before[variant] + 0.05 for variant in gold), "all learn"
+    for variant in gap:
+        has_gap = variant in ("Dropout", "Log-probabilities without the temperature")
+        assert (gap[variant] > 0.03) == has_gap and (gap[variant] < 1e-5) != has_gap
+    assert gold["EOS is not an action"] < gold["PPO"] - 0.04
+    clipped = means("break", "clip_frac")
+    assert clipped["Dropout"] > 0.02 and clipped["PPO"] < 0.001
+    norm = means("break", "actor_grad_norm")
+    assert norm["Advantages as they are"] < 0.7 * norm["PPO"]
+
+
+def test_a_reward_model_of_few_pairs_is_overoptimized_and_the_kl_penalty_protects():
+    rows = result("overoptimization")["rows"]
+    assert len(rows) == 27
+    for row in rows:
+        assert row["score"] > row["score_before"] + 0.1, "the score always rises"
+        change = row["gold"] - row["gold_before"]
+        if row["pairs"] == 100 and row["kl_coef"] == 0:
+            assert change < -0.15, row
+        if row["kl_coef"] == 0.3:
+            assert change > 0.15, row
+        if row["pairs"] == 0:
+            assert row["gold"] > 0.85, row
+
+
+def test_no_ema_is_better_than_the_last_weights_and_long_ones_are_worse_in_short_runs():
+    last = means("ema")
+    for decay in experiments.DECAYS:
+        gold = means("ema", f"gold_{decay}")
+        assert all(gold[variant] < last[variant] + 0.02 for variant in last)
+        if decay > 0.99:
+            assert gold["8 iterations"] < last["8 iterations"] - 0.1
+    slow, fast = means("ema", "gold_0.992"), means("ema", "gold_0.9")
+    assert fast["8 iterations"] > slow["8 iterations"] + 0.05
+    assert abs(slow["64 iterations"] - last["64 iterations"]) < 0.03
+
+
+def test_the_sampler_and_the_trainer_agree_to_the_rounding_of_the_dtype():
+    gap = means("gap", "gap_mean")
+    assert gap["fp32"] < 1e-6 < 1e-4 < gap["bf16"] < 1e-2
 
 
 def test_a_tool_solves_what_the_model_alone_does_not():
