@@ -1,5 +1,5 @@
-"""The evidence: what results/README.md says about methods, over-optimization, mistakes, the mixture
-and EMA, measured again.
+"""Experiments with several seeds: methods, over-optimization, mistakes, the mixture, EMA. Those
+that have been run have their tables in results/README.md.
 
     python experiments.py --names methods,ema --seeds 1,2,3 --processes 2
 
@@ -38,6 +38,19 @@ class Config:
     processes: int = 1             # runs at a time
     out: str = "out/experiments"   # folder of the runs
     results: str = "results"       # folder of the JSON files
+
+    def __post_init__(self):
+        for name in self.name_list:
+            if name not in EXPERIMENTS:
+                raise utils.UserError(f"--names {name}: there are {', '.join(EXPERIMENTS)}")
+        if not re.fullmatch(r"\d+(,\d+)*", self.seeds):
+            raise utils.UserError(f"--seeds {self.seeds}: must be numbers, such as 1,2,3")
+        if self.processes < 1:
+            raise utils.UserError(f"--processes {self.processes}: must be at least 1")
+
+    @property
+    def name_list(self):
+        return list(EXPERIMENTS) if self.names == "all" else self.names.split(",")
 
 
 # -----------------------------------------------------------------------------
@@ -260,10 +273,10 @@ def filtered_fine_tuning(lab, task):
     return judged | {"cpu_seconds": cpu_seconds}
 
 
-def judge(lab, name, model, data, sft, reward, hunks=()):
+def judge(lab, name, model, source, sft, reward, hunks=()):
     """Gold accuracy of a model on held-out prompts, and its KL from the SFT model."""
     rows = lab.run(
-        f"{name}-judged", "ppo.py", [start_from(model), ONLY_ROLLOUT, *hunks], data=data,
+        f"{name}-judged", "ppo.py", [start_from(model), ONLY_ROLLOUT, *hunks], data=source,
         model=sft, reward=reward, batch_size=32, iterations=1, ema=0,
     )
     return {"gold": rows[0]["eval_gold"], "kl": rows[0]["eval_kl"]}
@@ -580,16 +593,15 @@ class Results:
     def add(self, variant, seed, row):
         with Results.lock:
             self.record["rows"].append({"variant": variant, "seed": seed, **row})
-            self.path.write_text(json.dumps(self.record, indent=1) + "\n")
+            with utils.writing(self.path, "; name another folder with --results"):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                utils.atomic_write(self.path, json.dumps(self.record, indent=1) + "\n")
         print(variant, seed, json.dumps(row)[:200], flush=True)
 
 
 def main(cfg):
     jobs = []
-    names = list(EXPERIMENTS) if cfg.names == "all" else cfg.names.split(",")
-    for name in names:
-        if name not in EXPERIMENTS:
-            raise utils.UserError(f"--names {name}: there are {', '.join(EXPERIMENTS)}")
+    for name in cfg.name_list:
         results = Results(name, cfg)
         for seed in map(int, cfg.seeds.split(",")):
             for variant, measure in EXPERIMENTS[name]().items():
@@ -609,7 +621,7 @@ def main(cfg):
 
     with ThreadPoolExecutor(cfg.processes) as pool:
         list(pool.map(measure_one, jobs))
-    if "overoptimization" in names:
+    if "overoptimization" in cfg.name_list:
         results = Results("overoptimization", cfg)
         draw_overoptimization(results.record["rows"], results.path.with_suffix(".png"))
     if failed:

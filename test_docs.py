@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import typing
 from pathlib import Path
@@ -224,12 +225,16 @@ def test_the_commands_of_the_notebook_parse():
         utils.parse_args(SCRIPTS[name].Config, shlex.split(flags))
 
 
-def test_the_python_of_the_notebook_reads_a_run(chain, tmp_path, monkeypatch, capsys):
-    run, folder = Path(chain["ppo"][0]), tmp_path / "out/demo/ppo"
-    folder.mkdir(parents=True)
-    (folder / "tokens.jsonl").write_text((run / "tokens.jsonl").read_text())
+def demo_run(chain, folder):
+    """A run of PPO as the demo leaves it, with a gold accuracy, in folder/out/demo/ppo."""
+    run = folder / "out/demo/ppo"
+    shutil.copytree(chain["ppo"][0], run)
     samples = (run / "samples.jsonl").read_text()
-    (folder / "samples.jsonl").write_text(samples.replace("}\n", ', "gold": 1.0}\n'))
+    (run / "samples.jsonl").write_text(samples.replace("}\n", ', "gold": 1.0}\n'))
+
+
+def test_the_python_of_the_notebook_reads_a_run(chain, tmp_path, monkeypatch, capsys):
+    demo_run(chain, tmp_path)
     monkeypatch.chdir(tmp_path)
     names = {}
     for cell in notebook_cells():
@@ -247,8 +252,8 @@ def test_the_notebook_runs(chain, tmp_path):
     nbformat = pytest.importorskip("nbformat")
     for path in [*HERE.glob("*.py"), HERE / "demo.ipynb"]:
         (tmp_path / path.name).symlink_to(path)
-    for name in ("sft", "reward", "ppo"):
-        (tmp_path / "out/demo").mkdir(parents=True, exist_ok=True)
+    demo_run(chain, tmp_path)
+    for name in ("sft", "reward"):
         (tmp_path / "out/demo" / name).symlink_to(chain[name][0])
     (tmp_path / "out/demo/curves.png").write_bytes(b"\x89PNG")
     notebook = nbformat.read(tmp_path / "demo.ipynb", 4)
@@ -753,6 +758,23 @@ def test_an_experiment_that_fails_leaves_the_others_their_rows(tmp_path, monkeyp
 def test_an_unknown_experiment_is_named():
     with pytest.raises(utils.UserError, match="--names sweep: there are methods, break"):
         experiments.main(experiments.Config(names="sweep"))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(seeds="1,x"), "--seeds 1,x: must be numbers"),
+    (dict(seeds=""), "--seeds : must be numbers"),
+    (dict(processes=0), "--processes 0: must be at least 1"),
+])
+def test_wrong_flags_of_experiments_get_one_sentence(flags, message):
+    with pytest.raises(utils.UserError, match=message):
+        experiments.Config(**flags)
+
+
+def test_results_that_cannot_be_written_get_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    cfg = experiments.Config(names="gap", results=str(tmp_path / "file/results"))
+    with pytest.raises(utils.UserError, match="gap.json cannot be written: .*; name another"):
+        experiments.Results("gap", cfg).add("fp32", 1, {"gap_mean": 0.0})
 
 
 def test_rows_that_experiments_hold_out_are_those_that_the_scripts_hold_out(tmp_path):
