@@ -510,18 +510,30 @@ MANY_EMAS = (
 )
 
 
+CONSTANT_LR = (
+    "        lr_scale = max(LR_FLOOR, 1 - (iteration - 1) / cfg.iterations)\n",
+    "        lr_scale = 1.0\n",
+)
+
+
 def ema():
-    return {
-        f"{iterations} iterations": lambda lab, n=iterations: compare_emas(lab, n)
-        for iterations in (8, 32, 64)
-    }
+    variants = {}
+    for n in (8, 32, 64):
+        variants[f"{n} iterations"] = lambda lab, n=n: compare_emas(lab, f"ema-{n}", n)
+    variants["32 iterations, constant learning rates"] = lambda lab: compare_emas(
+        lab, "ema-32-constant", 32, [CONSTANT_LR]
+    )
+    variants["32 iterations, constant, three times as high"] = lambda lab: compare_emas(
+        lab, "ema-32-high", 32, [CONSTANT_LR], actor_lr=9e-4
+    )
+    return variants
 
 
-def compare_emas(lab, iterations):
+def compare_emas(lab, name, iterations, hunks=(), **flags):
     sft, reward = lab.models()
     rows = lab.run(
-        f"ema-{iterations}", "ppo.py", MANY_EMAS, model=sft, reward=reward, batch_size=128,
-        iterations=iterations, ema=0,
+        name, "ppo.py", [*MANY_EMAS, *hunks], model=sft, reward=reward, batch_size=128,
+        iterations=iterations, ema=0, **flags,
     )
     last = rows[-1]
     result = metrics_before_and_after(rows)
