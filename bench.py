@@ -1474,7 +1474,6 @@ MEMORY_CASES = {  # name: (ranks, fields of Config)
     "ZeRO 3, 2 ranks": (2, PAIR | SHORT_ROWS | {"zero": 3}),
     "ZeRO 3 and LoRA 16, 2 ranks": (2, ALIKE | SHORT_ROWS | {"zero": 3, "lora": "16"}),
 }
-EMA_DECAY = 0.992
 
 
 def planned_config(cfg, ranks):
@@ -1492,7 +1491,6 @@ def planned_config(cfg, ranks):
         batch_size=cfg.batches[0],
         minibatches=cfg.minibatches,
         micro_batch=cfg.micro_batch,
-        ema=EMA_DECAY,
         dtype=cfg.dtype,
         zero=cfg.zero,
         gradient_checkpointing=cfg.gradient_checkpointing,
@@ -1571,7 +1569,7 @@ def phase_peaks(case, baseline):
         SHAPES[name] = plan.find_shape("--model", name)
     rows = Case("fixed", case.batches[0], case.new_tokens)
     run = PPO(case, case.model, rows, "hybrid", 2)
-    run.ema = training.EMA(run.actor, EMA_DECAY)
+    run.ema = training.EMA(run.actor, ppo.Config.ema)
     run.iteration(1)
     peaks = {}  # the one before the first phase is of iteration 1
     run.iteration(2, lambda phase: peaks.update({phase: start_peak() - baseline}))

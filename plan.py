@@ -405,7 +405,7 @@ class Config:
     ppo_epochs: int = 1            # epochs over each rollout
     minibatches: int = 4           # optimizer steps per epoch
     micro_batch: int = 0           # rows per rank and forward; 0: the rank's share of a minibatch
-    ema: float = 0.992             # decay of the actor's EMA; 0: no EMA
+    ema: float = 0.97              # decay of the actor's EMA; 0: no EMA
     # run
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU
     #   that computes with it (from Ampere on), else fp32

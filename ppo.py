@@ -87,7 +87,7 @@ class Config:
     ptx_data: str = ""             # sources of text or demonstrations that the actor trains on too
     #   (InstructGPT's PPO-ptx); empty: none
     ptx_coef: float = 1.0          # weight of that loss, which is a mean over tokens like PPO's own
-    ema: float = 0.992             # decay of the actor's EMA, saved in OUT/ema; 0: no EMA
+    ema: float = 0.97              # decay of the actor's EMA, saved in OUT/ema; 0: no EMA
     # run
     seed: int = 1                  # of initial weights, of the order of rows and of sampling
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 on a GPU
