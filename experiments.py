@@ -492,6 +492,52 @@ def judge_skills(lab, name):
     }
 
 
+# The same with two tasks that have less in common: PPO has no prompt of countdown.
+
+BOTH_TASKS = "toy,countdown"
+
+
+def forgetting():
+    return {
+        "SFT": lambda lab: judge_countdown(lab, sft_of_both_tasks(lab)),
+        "PPO, KL coefficient 0": lambda lab: ppo_on_toy(lab, 0.0, ""),
+        "PPO, KL coefficient 0.05": lambda lab: ppo_on_toy(lab, 0.05, ""),
+        "PPO, KL coefficient 0, mixture": lambda lab: ppo_on_toy(lab, 0.0, BOTH_TASKS),
+    }
+
+
+def sft_of_both_tasks(lab):
+    lab.run("both-sft", "sft.py", data=BOTH_TASKS)
+    return lab.folder / "both-sft"
+
+
+def ppo_on_toy(lab, kl_coef, ptx):
+    sft = sft_of_both_tasks(lab)
+    name = f"forgetting-{kl_coef}-{ptx.replace(',', '-')}"
+    rows = lab.run(
+        name, "ppo.py", data="toy", model=sft, reward="toy", kl_coef=kl_coef, ptx_data=ptx,
+        batch_size=256, iterations=32,
+    )
+    gold = {"gold_toy_before": rows[0]["eval_gold"], "gold_toy": rows[-1]["eval_gold"]}
+    gold |= {"kl_toy": rows[-1]["eval_kl"], "cpu_seconds": rows[-1]["cpu_seconds"]}
+    return gold | judge_countdown(lab, lab.folder / name)
+
+
+def judge_countdown(lab, model):
+    """Accuracy of a model on countdown, and its loss on held-out demonstrations of countdown."""
+    sft = sft_of_both_tasks(lab)
+    judged = judge(lab, f"{model.name}-countdown", model, "countdown", sft, "countdown")
+    loss = lab.run(
+        f"{model.name}-countdown-loss", "sft.py", model=model, data="countdown", epochs=0.001,
+        lr=1e-30,
+    )
+    return {
+        "gold_countdown": judged["gold"],
+        "kl_countdown": judged["kl"],
+        "held_out_loss": loss[-1]["held_out_loss"],
+    }
+
+
 # -----------------------------------------------------------------------------
 # is EMA better? Over decay and length of the run
 
@@ -569,6 +615,7 @@ EXPERIMENTS = {
     "break": break_it,
     "overoptimization": overoptimization,
     "mixture": mixture,
+    "forgetting": forgetting,
     "ema": ema,
     "countdown-methods": lambda: methods("countdown"),
     "gap": gap,

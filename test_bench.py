@@ -16,6 +16,7 @@ import bench
 import experiments
 import kernels
 import mutants
+import ppo
 import tables
 import utils
 from hybrid_engine import HybridEngine, Rollout
@@ -588,16 +589,42 @@ def test_a_reward_model_of_few_pairs_is_overoptimized_and_the_kl_penalty_protect
             assert row["gold"] > 0.85, row
 
 
-def test_no_ema_is_better_than_the_last_weights_and_long_ones_are_worse_in_short_runs():
+def test_ema_is_better_where_the_learning_rate_stays_high_and_lags_in_short_runs():
     last = means("ema")
-    for decay in experiments.DECAYS:
-        gold = means("ema", f"gold_{decay}")
-        assert all(gold[variant] < last[variant] + 0.02 for variant in last)
-        if decay > 0.99:
-            assert gold["8 iterations"] < last["8 iterations"] - 0.1
-    slow, fast = means("ema", "gold_0.992"), means("ema", "gold_0.9")
-    assert fast["8 iterations"] > slow["8 iterations"] + 0.05
-    assert abs(slow["64 iterations"] - last["64 iterations"]) < 0.03
+    gold = {decay: means("ema", f"gold_{decay}") for decay in experiments.DECAYS}
+    for variant in ("8 iterations", "32 iterations", "64 iterations"):
+        assert all(gold[decay][variant] < last[variant] + 0.01 for decay in gold)
+    constant = "32 iterations, constant learning rates"
+    high = "32 iterations, constant, three times as high"
+    assert gold[0.97][constant] > last[constant] + 0.015
+    assert gold[0.97][high] > last[high] + 0.14
+    assert gold[0.992][high] > last[high] + 0.2
+    for decay in (0.992, 0.998):
+        assert gold[decay]["8 iterations"] < last["8 iterations"] - 0.1
+    assert ppo.Config.ema == 0.97
+    for variant in ("32 iterations", "64 iterations"):
+        assert gold[0.97][variant] > last[variant] - 0.011
+
+
+def test_all_methods_solve_more_of_countdown_and_best_of_16_the_most():
+    gold = means("countdown-methods")
+    rows = result("countdown-methods")["rows"]
+    before = np.mean([row["gold_before"] for row in rows if row["variant"] == "PPO"])
+    for method in (*experiments.METHODS["countdown"], "filtered fine-tuning"):
+        assert 0.08 < gold[method] - before < 0.14
+    assert gold["best of 16"] > gold["best of 4"] + 0.3 > 0.7
+
+
+def test_the_mixture_holds_the_loss_on_demonstrations_and_costs_accuracy():
+    sft, ppo_alone = "SFT", "PPO, KL coefficient 0"
+    penalty, mixed = "PPO, KL coefficient 0.05", "PPO, KL coefficient 0, mixture"
+    hidden = means("mixture", "gold_hidden_skill")
+    assert hidden[ppo_alone] > hidden[mixed] + 0.05 > hidden[sft] + 0.15
+    assert abs(hidden[ppo_alone] - hidden[penalty]) < 0.02
+    loss = means("mixture", "held_out_loss")
+    rise = loss[ppo_alone] - loss[sft]
+    assert 0.11 < rise < 0.14
+    assert 0.3 < (loss[mixed] - loss[sft]) / rise < 0.4
 
 
 def test_the_sampler_and_the_trainer_agree_to_the_rounding_of_the_dtype():
