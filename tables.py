@@ -777,7 +777,7 @@ def mixture_section(record, path):
             variant,
             trained,
             seeds(rows, "gold_hidden_skill", ".1%"),
-            seeds(rows, "kl_hidden_skill", ".2f"),
+            seeds(rows, "kl_hidden_skill", "z.2f"),
             seeds(rows, "held_out_loss", ".3f"),
         ])
     header = [
@@ -810,7 +810,7 @@ def forgetting_section(record, path):
             variant,
             toy,
             seeds(rows, "gold_countdown", ".1%"),
-            seeds(rows, "kl_countdown", ".2f"),
+            seeds(rows, "kl_countdown", "z.2f"),
             seeds(rows, "held_out_loss", ".3f"),
         ])
     header = [
