@@ -82,8 +82,8 @@ METRICS = {
         "at the start of the second.",
     },
     "Rollout": {
-        "score": "Score of the sampled answers as the scorers give it, weighted. Worry when it "
-        "falls for long, or jumps up: read the samples then.",
+        "score": "Score of the sampled answers: the weighted sum of what the scorers give. Worry "
+        "when it falls for long, or jumps up: read the samples then.",
         "score_std": "Standard deviation of the score over the rollout. Worry when it goes to 0: "
         "all answers look alike to the scorer, and there is nothing to learn from.",
         "score_NAME": "Mean score of this scorer alone, without its weight. Worry when the sum "

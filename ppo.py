@@ -48,7 +48,8 @@ class Config:
     # models
     model: str = "out/sft"         # folder or hub name of the SFT model; it is also the reference
     reward: str = "out/reward"     # what scores answers: reward model folders, file.py:function or
-    #   a task's name, joined by commas, each with an optional :weight
+    #   a task's name, joined by commas, each with an optional :weight, that its normalized score
+    #   is multiplied with
     critic: str = ""               # reward model folder that the critic starts from; empty: the
     #   first one in --reward; without any, --model with a new head
     lora: str = ""                 # train adapters only (in ppo.py those of the actor): a rank, or
@@ -150,7 +151,11 @@ class Config:
             if tasks.is_function(source):
                 tasks.load_function(source)
             else:
-                models.require_folder(source)
+                require_reward_model(source)
+        if self.critic:
+            models.require_folder(self.critic)
+        if self.respond:
+            tasks.load_tool(self.respond)
         sources.check_sources(self.data)
         if self.uses_mixture:
             sources.check_sources(self.ptx_data, "--ptx-data")
@@ -504,22 +509,35 @@ def normalized_score(batch, scorers):
 
 
 def fit_normalization(batch, scorers):
-    """Takes mean and standard deviation from the first rollout, for those that come without."""
-    for scorer in scorers:
+    """Takes mean and standard deviation from the first rollout, for those that come without.
+    Raises UserError where no scorer tells the answers apart."""
+    rewarded = [scorer for scorer in scorers if scorer.weight]
+    informative = []
+    for scorer in rewarded:
+        scores = batch.scores[scorer.name]
+        is_constant = bool(scores.max() == scores.min())  # the std of equal floats may not be 0
+        if scorer.is_normalized or not is_constant:
+            informative.append(scorer)
         if scorer.is_normalized:
             continue
-        scores = batch.scores[scorer.name]
         scorer.mean = scores.mean().item()
-        scorer.std = scores.std().item()
-        if scorer.std == 0:
-            raise utils.UserError(
+        if is_constant:
+            problem = (
                 f"--reward {scorer.name}: all {len(scores)} answers of the first rollout have the "
-                f"score {scorer.mean:g}, so there is nothing to learn from; look at the function, "
-                "or start from a model that sometimes earns another score"
+                f"score {scorer.mean:g}"
             )
+            if len(rewarded) > 1:
+                utils.print0(f"    warning: {problem}; PPO sees score - {scorer.mean:g}")
+            continue
+        scorer.std = scores.std().item()
         utils.print0(
             f"    scorer {scorer.name}: PPO sees (score - {scorer.mean:.4g}) / {scorer.std:.4g}, "
             "from the first rollout"
+        )
+    if not informative:
+        raise utils.UserError(
+            f"{problem}, so there is nothing to learn from; look at the function, "
+            "or start from a model that sometimes earns another score"
         )
 
 
@@ -725,7 +743,20 @@ def parse_reward(text):
                 "task, with an optional :weight"
             )
         entries.append((source, weight))
+    if not any(weight for _, weight in entries):
+        raise utils.UserError(f"--reward {text}: all weights are 0, so nothing would be rewarded")
     return entries
+
+
+def require_reward_model(source):
+    """Raises UserError where this entry of --reward can be no reward model."""
+    if "/" not in source and not Path(source).is_dir():
+        known = ", ".join(tasks.TASKS)
+        raise utils.UserError(
+            f"--reward {source}: there is no such folder, and no such task ({known}); a function "
+            "is written file.py:function"
+        )
+    models.require_folder(source)
 
 
 def load_scorers(cfg, tokenizer, vocab_size, dtype, device):
@@ -768,8 +799,12 @@ def check_functions(cfg, scorers, dataset):
 
 
 def load_task(cfg, dataset):
-    """The checker of the task that --data names, else --reward: a RewardFunction; or None."""
-    names = [cfg.data] + [source for source, _ in parse_reward(cfg.reward)]
+    """The checker of the task that --data names, else --reward: a RewardFunction; or None. With
+    several sources, no task that --data names is the one of all rows."""
+    names = [source for source, _ in sources.parse_sources(cfg.data)]
+    if len(names) > 1:
+        names = []
+    names += [source for source, _ in parse_reward(cfg.reward)]
     for name in names:
         if tasks.is_task(name):
             task = tasks.load_function(name)
@@ -815,8 +850,8 @@ def gold_accuracy(batch, task):
     None without a task. No model is trained on this: it is the "gold" reward of Gao et al. 2022."""
     if task is None:
         return None
-    is_right = task(batch.prompts, batch.answers, batch.row_fields)
-    return [right * finished for right, finished in zip(is_right, batch.finished.tolist())]
+    credit = task(batch.prompts, batch.answers, batch.row_fields)  # below 1: not all is right
+    return [float(c >= 1) * finished for c, finished in zip(credit, batch.finished.tolist())]
 
 
 def evaluate(sampler, held_out, ref, scorers, cfg, micro_batch, tokenizer, task, name="eval"):

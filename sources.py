@@ -139,7 +139,10 @@ def make_example(messages, row, response, answers=PAIR, ranks=(1, 2)):
 
 
 def first_field(row, *names):
-    """The first of these fields that the row has, or None."""
+    """The first of these fields that the row has, one with a value if possible, or None."""
+    for name in names:
+        if row.get(name) is not None:
+            return name
     for name in names:
         if name in row:
             return name
@@ -277,6 +280,9 @@ def find_format(row):
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object with fields, not {shorten(row, 60)}")
     for form in FORMATS:
+        if all(row.get(name) is not None for name in form.needs):
+            return form
+    for form in FORMATS:  # its converter says which field is null
         if all(name in row for name in form.needs):
             return form
     known = "; ".join("/".join(form.needs) for form in FORMATS)

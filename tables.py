@@ -884,6 +884,7 @@ def smollm2_section(record, path):
             lines.append([*cells, f"{max(row['eval_kl'], 0):.2f}"])
     first_loss, last_loss = record["sft"]["held_out_loss"][0], record["sft"]["held_out_loss"][-1]
     reward, generate = record["reward"], record["generate"]
+    gspo_prompts = record["gspo"]["held_out"]
     ours, theirs = (sorted(generate["seconds"][name])[1] for name in ("ours", "transformers"))
     return [
         "## A real model offline",
@@ -895,12 +896,12 @@ def smollm2_section(record, path):
         f"{record['sft']['steps']} steps of SFT bring the held-out loss from {first_loss:.2f} "
         f"(after two) to {last_loss:.2f} nats per token; {reward['steps']} steps of 8 pairs bring "
         f"the reward model to {reward['accuracy'][-1]:.0%} of {reward['held_out_pairs']} held-out "
-        "pairs, whose rejected answers are another order of the same words.",
+        "pairs, whose rejected answers have another order, or a word too few or too many.",
         "",
         *table(["", "iteration", "solved", "score", "KL, nats per answer"], lines),
         "",
-        "With 50 to 100 held-out prompts a standard error is 4 to 6 points, so this shows that all "
-        "three steps run on a real chat model, not how far they lead.",
+        f"With {gspo_prompts} held-out prompts a standard error is 5 points, so this shows that "
+        "all three steps run on a real chat model, not how far they lead.",
         "",
         f"Greedy answers to {generate['prompts']} prompts ({generate['prompt_tokens']:,} tokens, "
         f"answers of {generate['tokens']:,}): the engine {ours:.0f} s, `transformers.generate` "

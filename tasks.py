@@ -31,6 +31,7 @@ each sampled token, or {position: number} for some of them.
         return [[-float(a == b) for a, b in zip([None, *ids], ids)] for ids in completion_ids]
 """
 import ast
+import asyncio
 import copy
 import functools
 import hashlib
@@ -47,6 +48,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from pathlib import Path
 from typing import Callable
 
@@ -190,8 +192,10 @@ def evaluate(node):
 def countdown_accuracy(answer, nums, target):
     """1.0 if the answer is an expression, with or without "= target" behind it, that has the value
     of the target and uses each number once at most; else 0.0. Never runs what it reads."""
-    expression = answer.partition("=")[0].strip()
+    expression, equals, result = (part.strip() for part in answer.partition("="))
     if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
+        return 0.0
+    if equals and result != str(target):
         return 0.0
     try:
         value = evaluate(ast.parse(expression, mode="eval").body)
@@ -212,7 +216,8 @@ def countdown_checker(completions, nums, target):
 
 def last_number(text):
     """The first number behind the last "####", else the last one of all: a Fraction, or None."""
-    pattern = r"-?[0-9][0-9,]*(?:\.[0-9]+)?"
+    # a minus behind a digit or a parenthesis is no sign
+    pattern = r"(?:(?<![0-9)])-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
     behind = re.findall(pattern, text.rpartition("####")[2]) if "####" in text else []
     numbers = behind[:1] or re.findall(pattern, text)[-1:]
     if not numbers or len(numbers[0]) > 100:  # Python refuses to read numbers of 4,300 digits
@@ -223,8 +228,10 @@ def last_number(text):
 def gsm8k_checker(completions, answer):
     right = []
     for completion, solution in zip(completions, answer):
+        if solution is None:
+            raise ValueError("this row has no answer")
         number = last_number(completion[-10_000:])
-        right.append(float(number is not None and number == last_number(solution)))
+        right.append(float(number is not None and number == last_number(str(solution))))
     return right
 
 
@@ -251,12 +258,19 @@ def gym_dataset(spec):
 
 def gym_rows(spec):
     for i, entry in enumerate(gym_dataset(spec)):
-        yield {"prompt": entry["question"], "response": entry["answer"], "row": i}
+        yield {"prompt": entry["question"], "response": entry["answer"], "row": f"{spec}:{i}"}
 
 
 def gym_checker(spec, completions, row):
+    """The task's own scores: 1 for a right answer, and less, often above 0, for a wrong one."""
     dataset = gym_dataset(spec)
-    return [float(dataset.score_answer(c.strip(), dataset[i])) for c, i in zip(completions, row)]
+    scores = []
+    for completion, label in zip(completions, row):
+        name, _, i = str(label).rpartition(":")
+        if name != spec:
+            raise ValueError(f"this row, {label}, is not one of {spec}")
+        scores.append(float(dataset.score_answer(completion.strip(), dataset[int(i)])))
+    return scores
 
 
 # -----------------------------------------------------------------------------
@@ -267,7 +281,7 @@ def gym_checker(spec, completions, row):
 class Task:
     rows: Callable | None  # () -> an iterable of rows, the same ones at every call; None: the rows
     #   come from somewhere else
-    check: Callable        # a reward function that gives 1.0 for a right answer, else 0.0
+    check: Callable        # a reward function that gives 1.0 for a right answer, else less
 
 
 TASKS = {
@@ -357,6 +371,8 @@ def user_lines(error, path):
     Returns text that begins with a newline, or nothing. Frames of libraries, and ours, are left
     out.
     """
+    if path == Path(__file__):  # a task: no file of the user's
+        return ""
     lines = []
     reached = False
     for frame in traceback.extract_tb(error.__traceback__):
@@ -428,6 +444,9 @@ class RewardFunction:
             if name not in known:
                 message = (f"{self.label}: its parameter {name!r} is not a field of the rows; "
                            f"a function can take {', '.join(known)}, or **kwargs")
+                if self.path == Path(__file__):
+                    message = (f"{self.label}: needs the field {name!r}, which the rows of --data "
+                               "do not have")
                 raise UserError(message)
 
     def __call__(self, prompts, completions, fields):
@@ -470,11 +489,11 @@ class RewardFunction:
         """{position: number} as a list of n numbers. Negative positions count from the end."""
         values = [0.0] * n
         for position, score in scores.items():
-            if not isinstance(position, int) or not -n <= position < n:
+            if not isinstance(position, Integral) or not -n <= position < n:
                 message = (f"{self.label}: gave a number for position {position!r} {row}, which "
                            f"has {n} sampled tokens")
                 raise UserError(message)
-            values[position] = score
+            values[int(position)] = score
         return values
 
     def process_score(self, scores, n, row):
@@ -493,6 +512,8 @@ class RewardFunction:
             arguments = {name: arguments[name] for name in taken}
         with folder_on_path(self.path.parent):  # it may import when it is called
             scores = self.function(**copy.deepcopy(arguments))
+            if inspect.iscoroutine(scores):  # of an async def
+                scores = asyncio.run(scores)
             if hasattr(scores, "tolist"):  # NumPy and PyTorch
                 scores = scores.tolist()
             if isinstance(scores, Iterable) and not isinstance(scores, (str, dict)):

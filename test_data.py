@@ -1135,7 +1135,8 @@ def test_the_checker_of_countdown_agrees_with_all_expressions():
 
 
 @pytest.mark.parametrize("answer, expected", {
-    "(1+2)*8": 1, " ( 1 + 2 ) * 8 = 24": 1, "8/(2/(2*1))": 0, "8*1*2": 0, "(8/2)*1": 0, "24": 0,
+    "(1+2)*8": 1, " ( 1 + 2 ) * 8 = 24": 1, "(1+2)*8=23": 0, "(1+2)*8=": 0, "8*2-1=24": 0,
+    "8/(2/(2*1))": 0, "8*1*2": 0, "(8/2)*1": 0, "24": 0,
     "8*2+8": 0, "8*2+8*1": 0, "": 0, "=24": 0, "8*(1+2": 0, "8**1+2": 0, "48//2": 0, "-1+2": 0,
     "__import__('os').system('false')": 0, "9**9**9**9": 0, "8*(1+2)#": 0, "0x8*(1+2)": 0,
     "8_0": 0, "\u0668*(1+2)": 0, "8*(1+2)\n": 1, "1/0": 0, "(" * 90 + "8" + ")" * 9: 0,
@@ -1155,12 +1156,19 @@ def test_the_checker_of_countdown_divides_exactly():
     "#### 1,234": 1, "It is 7, no, 1234.": 1, "It is 1234, no, 7": 0, "It is 7, so $1,234": 1,
     "1234.0": 1, "#### 1234 of 5": 1, "#### none, 1234": 1, "1 and 1234 ####": 1, "9" * 9000: 0,
     "-1234": 0, "": 0, "none": 0,
-    "12 34": 0, "\u0661": 0, "1e3 234": 0,
+    "12 34": 0, "\u0661": 0, "1e3 234": 0, "1244-10=1234": 1, "2468/2-1234": 1, "- 1234": 1,
 }.items())
 def test_the_checker_of_gsm8k_compares_the_last_number(completion, expected):
     gsm8k = tasks.load_function("gsm8k")
     answer = "He has 2 * 617 = <<2*617=1234>>1234.\n#### 1234"
     assert gsm8k(["p"], [completion], {"answer": [answer]}) == [expected]
+
+
+def test_the_checker_of_gsm8k_reads_answers_that_are_numbers():
+    gsm8k = tasks.load_function("gsm8k")
+    assert gsm8k(["p"] * 3, ["so 42", "-0.5", "#### .5"], {"answer": [42, -0.5, 0.5]}) == [1.0] * 3
+    with pytest.raises(utils.UserError, match=r"ValueError\(this row has no answer\) for [^\n]*$"):
+        gsm8k(["p"], ["42"], {"answer": [None]})
 
 
 @shared
@@ -1171,6 +1179,18 @@ def test_the_checker_of_gsm8k_accepts_every_real_solution():
     assert gsm8k([""] * len(lines), answers, {"answer": answers}) == [1.0] * len(lines)
     others = [f"The answer is {i}.5" for i in range(len(lines))]
     assert sum(gsm8k([""] * len(lines), others, {"answer": answers})) == 0
+
+
+@pytest.mark.parametrize("row, name", [
+    ({"prompt": "p", "answers": None, "ranks": None, "chosen": "c", "rejected": "r"}, "prompt"),
+    ({"prompt": "p", "answers": ["a", "b"], "ranks": None, "scores": [1, 2]},
+     "prompt/answers/scores"),
+    ({"prompt": "p", "messages": None}, "prompt"),
+])
+def test_a_null_field_does_not_hide_the_format_that_fits(row, name):
+    example, form, _ = sources.convert(row)
+    assert form == name
+    assert example.answers == {"prompt": ()}.get(name, ("b", "a")) or "chosen" in row
 
 
 def test_a_checker_without_rows_is_no_source():
@@ -1194,7 +1214,10 @@ def test_a_task_of_reasoning_gym_is_rows_and_its_own_scorer(tok):
     answers = [row["response"] for row in rows]
     fields = {"row": [row["row"] for row in rows]}
     assert scorer([""] * 5, answers, fields) == [1.0] * 5
-    assert scorer([""] * 5, answers[::-1], fields)[0] == 0.0
+    assert scorer([""] * 5, answers[::-1], fields)[0] < 1.0
+    other = tasks.load_function("reasoning_gym:letter_counting")
+    with pytest.raises(utils.UserError, match="backward:0, is not one of reasoning_gym:letter"):
+        other([""], ["3"], {"row": fields["row"][:1]})
     assert all(row["prompt"].rpartition(" ")[2][::-1] == row["response"] for row in rows)
 
 
@@ -1212,6 +1235,12 @@ class Scorer:
 
 def exact(completions, answer):
     return [float(c == a) for c, a in zip(completions, answer)]
+
+async def waits(completions):
+    return [float(len(c)) for c in completions]
+
+def numpy_positions(completion_ids):
+    return [{np.int64(len(ids) - 1): 1.0} for ids in completion_ids]
 
 def everything(prompts, completions, **kwargs):
     return [len(kwargs)] * len(prompts)
@@ -1292,6 +1321,7 @@ IDS = {"completion_ids": [[5, 2], [6, 2]]}
     "exact": [1.0, 0.0], "everything": [2.0, 2.0], "optional": [1.0, 1.0], "as_numpy": [0.0, 1.0],
     "as_torch": [1.0, 1.0], "as_generator": [0.0, 1.0], "as_text": [0.5, 0.5],
     "as_tensors": [0.25, 0.25], "scorer": [7.0, 7.0], "imports_late": [4.0, 4.0],
+    "waits": [1.0, 2.0],
 }.items())
 def test_a_reward_function_gets_by_name_what_its_signature_takes(name, expected, rules):
     before = list(sys.path)
@@ -1304,7 +1334,7 @@ def test_a_reward_function_gets_by_name_what_its_signature_takes(name, expected,
 
 @pytest.mark.parametrize("name, expected", {
     "per_token": [[2.5, 1.0], [3.0, 1.0]], "as_table": [[1.0, 0.0], [0.0, 2.0]],
-    "by_place": [[1.5, 0.0], [1.0, 2.0]],
+    "by_place": [[1.5, 0.0], [1.0, 2.0]], "numpy_positions": [[0.0, 1.0], [0.0, 1.0]],
 }.items())
 def test_a_process_reward_gives_a_number_for_each_sampled_token(name, expected, rules):
     function = tasks.load_function(f"{rules}:{name}")

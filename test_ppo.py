@@ -1933,9 +1933,50 @@ def test_scorers_are_normalized_by_the_first_rollout_unless_they_come_with_stati
     ppo.restore_normalization(fresh, state)
     assert [(s.mean, s.std) for s in fresh] == [(s.mean, s.std) for s in scorers]
 
-    batch.scores["rule"] = torch.full((5,), 0.25)
-    with pytest.raises(utils.UserError, match="rule: all 5 answers .* score 0.25, so"):
-        ppo.fit_normalization(batch, scorers)
+
+
+@pytest.mark.parametrize("value", [0.25, 0.1, -1 / 3])  # the float32 std of 0.1's is above 0
+@pytest.mark.parametrize("n", [1, 5, 512])
+def test_scores_that_are_all_equal_teach_nothing(value, n, capsys):
+    batch = batch_of()
+    batch.scores = {"rule": torch.full((n,), value), "other": torch.arange(float(n))}
+    rule, other = ppo.Scorer("rule", 2.0, function=len), ppo.Scorer("other", 1.0, function=len)
+    with pytest.raises(utils.UserError, match=f"rule: all {n} answers .* score {value:g}, so"):
+        ppo.fit_normalization(batch, [rule])
+    if n > 1:  # the other one still has something to teach
+        ppo.fit_normalization(batch, [rule, other])
+        assert "warning: --reward rule: all" in capsys.readouterr().out
+        normalized = ppo.normalized_score(batch, [rule, other])
+        np.testing.assert_allclose(normalized.mean().item(), 0, atol=1e-5)
+        assert rule.std == 1.0 and other.std > 1.0
+    unweighted = ppo.Scorer("rule", 0.0, function=len)  # only logged
+    batch.scores["other"][0] = 7.0
+    if n > 1:
+        ppo.fit_normalization(batch, [unweighted, other])
+        assert "rule" not in capsys.readouterr().out
+
+
+def test_only_full_credit_is_gold():
+    batch = batch_of()
+    batch.finished = torch.tensor([True, True, True, True, False])
+    batch.prompts = batch.answers = [""] * 5
+    batch.row_fields = {}
+    gold = ppo.gold_accuracy(batch, lambda *_: [0.0, 0.95, 1.0, 1.0000002, 1.0])
+    assert gold == [0.0, 0.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("data, reward, name", [
+    ("toy:1", "out/reward", "toy"), ("toy", "countdown", "toy"), ("toy,a.jsonl", "out/r", None),
+    ("toy,countdown", "toy", "toy"), ("a.jsonl", "out/r", None),
+    ("countdown", "toy:0.5", "countdown"),
+])
+def test_the_gold_accuracy_is_that_of_the_task_of_all_rows(data, reward, name):
+    class Rows:
+        def field_names(self):
+            return ["nums", "target"]
+
+    task = ppo.load_task(ppo.Config(data=data, reward=reward), Rows())
+    assert (task and task.name) == name
 
 
 def ppo_mix_of_no_text():
