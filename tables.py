@@ -827,6 +827,11 @@ def forgetting_section(record, path):
         "`toy` are correct. On held-out prompts and demonstrations:",
         "",
         *table(header, lines),
+        "",
+        "Nothing of `countdown` is forgotten in a run of this length, with or without the KL "
+        "penalty and the mixture: prompts of the two tasks look different, and the policy stays "
+        "where it was on those that PPO does not see. So there is nothing for the mixture to "
+        "retain, and it costs 3 points on `toy`.",
     ]
 
 

@@ -627,6 +627,19 @@ def test_the_mixture_holds_the_loss_on_demonstrations_and_costs_accuracy():
     assert 0.3 < (loss[mixed] - loss[sft]) / rise < 0.4
 
 
+def test_ppo_on_toy_does_not_forget_countdown_and_the_mixture_costs_accuracy():
+    countdown, loss = means("forgetting", "gold_countdown"), means("forgetting", "held_out_loss")
+    for variant in experiments.forgetting():
+        assert abs(countdown[variant] - countdown["SFT"]) < 0.015
+        assert abs(loss[variant] - loss["SFT"]) < 0.005
+    toy = {}
+    for row in result("forgetting")["rows"]:
+        if row["variant"] != "SFT":
+            toy.setdefault(row["variant"], []).append(row["gold_toy"])
+    alone, mixed = toy["PPO, KL coefficient 0"], toy["PPO, KL coefficient 0, mixture"]
+    assert 0.02 < np.mean(alone) - np.mean(mixed) < 0.04
+
+
 def test_the_sampler_and_the_trainer_agree_to_the_rounding_of_the_dtype():
     gap = means("gap", "gap_mean")
     assert gap["fp32"] < 1e-6 < 1e-4 < gap["bf16"] < 1e-2
