@@ -139,10 +139,15 @@ class Lab:
         rows[-1]["cpu_seconds"] = json.loads(seconds.read_text())
         return rows
 
+    def sft(self, source):
+        """Folder of an SFT model."""
+        folder = self.folder / f"{source.replace(',', '-')}-sft"
+        self.run(folder.name, "sft.py", data=source)
+        return folder
+
     def models(self, task="toy"):
         """Folders of an SFT model and, for toy, a reward model, as in the demo."""
-        sft = self.folder / f"{task}-sft"
-        self.run(sft.name, "sft.py", data=task)
+        sft = self.sft(task)
         if task == "countdown":
             return sft, "countdown"
         self.run("toy-reward", "reward.py", model=sft, data=task)
@@ -482,14 +487,17 @@ def judge_skills(lab, name):
     judged = judge(
         lab, f"{name}-hidden", lab.folder / name, file, sft, reward, [ALWAYS_TOY]
     )
-    loss = lab.run(
-        f"{name}-loss", "sft.py", model=lab.folder / name, epochs=0.001, lr=1e-30,
-    )
     return {
         "gold_hidden_skill": judged["gold"],
         "kl_hidden_skill": judged["kl"],
-        "held_out_loss": loss[-1]["held_out_loss"],
+        "held_out_loss": held_out_loss(lab, f"{name}-loss", lab.folder / name, "toy"),
     }
+
+
+def held_out_loss(lab, name, model, source):
+    """The loss of a model on held-out demonstrations, from a run of SFT that changes nothing."""
+    rows = lab.run(name, "sft.py", model=model, data=source, epochs=0.001, lr=1e-30)
+    return rows[-1]["held_out_loss"]
 
 
 # The same with two tasks that have less in common: PPO has no prompt of countdown.
@@ -499,20 +507,15 @@ BOTH_TASKS = "toy,countdown"
 
 def forgetting():
     return {
-        "SFT": lambda lab: judge_countdown(lab, sft_of_both_tasks(lab)),
+        "SFT": lambda lab: judge_countdown(lab, lab.sft(BOTH_TASKS)),
         "PPO, KL coefficient 0": lambda lab: ppo_on_toy(lab, 0.0, ""),
         "PPO, KL coefficient 0.05": lambda lab: ppo_on_toy(lab, 0.05, ""),
         "PPO, KL coefficient 0, mixture": lambda lab: ppo_on_toy(lab, 0.0, BOTH_TASKS),
     }
 
 
-def sft_of_both_tasks(lab):
-    lab.run("both-sft", "sft.py", data=BOTH_TASKS)
-    return lab.folder / "both-sft"
-
-
 def ppo_on_toy(lab, kl_coef, ptx):
-    sft = sft_of_both_tasks(lab)
+    sft = lab.sft(BOTH_TASKS)
     name = f"forgetting-{kl_coef}-{ptx.replace(',', '-')}"
     rows = lab.run(
         name, "ppo.py", data="toy", model=sft, reward="toy", kl_coef=kl_coef, ptx_data=ptx,
@@ -525,16 +528,12 @@ def ppo_on_toy(lab, kl_coef, ptx):
 
 def judge_countdown(lab, model):
     """Accuracy of a model on countdown, and its loss on held-out demonstrations of countdown."""
-    sft = sft_of_both_tasks(lab)
+    sft = lab.sft(BOTH_TASKS)
     judged = judge(lab, f"{model.name}-countdown", model, "countdown", sft, "countdown")
-    loss = lab.run(
-        f"{model.name}-countdown-loss", "sft.py", model=model, data="countdown", epochs=0.001,
-        lr=1e-30,
-    )
     return {
         "gold_countdown": judged["gold"],
         "kl_countdown": judged["kl"],
-        "held_out_loss": loss[-1]["held_out_loss"],
+        "held_out_loss": held_out_loss(lab, f"{model.name}-countdown-loss", model, "countdown"),
     }
 
 

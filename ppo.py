@@ -512,33 +512,31 @@ def fit_normalization(batch, scorers):
     """Takes mean and standard deviation from the first rollout, for those that come without.
     Raises UserError where no scorer tells the answers apart."""
     rewarded = [scorer for scorer in scorers if scorer.weight]
-    informative = []
+    constant = []
     for scorer in rewarded:
-        scores = batch.scores[scorer.name]
-        is_constant = bool(scores.max() == scores.min())  # the std of equal floats may not be 0
-        if scorer.is_normalized or not is_constant:
-            informative.append(scorer)
         if scorer.is_normalized:
             continue
+        scores = batch.scores[scorer.name]
         scorer.mean = scores.mean().item()
-        if is_constant:
-            problem = (
-                f"--reward {scorer.name}: all {len(scores)} answers of the first rollout have the "
-                f"score {scorer.mean:g}"
-            )
-            if len(rewarded) > 1:
-                utils.print0(f"    warning: {problem}; PPO sees score - {scorer.mean:g}")
+        if scores.max() == scores.min():  # the standard deviation of equal floats may not be 0
+            constant.append(scorer)
             continue
         scorer.std = scores.std().item()
         utils.print0(
             f"    scorer {scorer.name}: PPO sees (score - {scorer.mean:.4g}) / {scorer.std:.4g}, "
             "from the first rollout"
         )
-    if not informative:
-        raise utils.UserError(
-            f"{problem}, so there is nothing to learn from; look at the function, "
-            "or start from a model that sometimes earns another score"
+    for scorer in constant:
+        message = (
+            f"--reward {scorer.name}: all {len(batch.scores[scorer.name])} answers of the first "
+            f"rollout have the score {scorer.mean:g}"
         )
+        if len(constant) == len(rewarded):
+            raise utils.UserError(
+                f"{message}, so there is nothing to learn from; look at the function, "
+                "or start from a model that sometimes earns another score"
+            )
+        utils.print0(f"    warning: {message}; PPO sees score - {scorer.mean:g}")
 
 
 # -----------------------------------------------------------------------------
@@ -788,11 +786,8 @@ def restore_normalization(scorers, state):
         scorer.mean, scorer.std = statistics
 
 
-def check_functions(cfg, scorers, dataset):
-    """Raises UserError for a tool that is not there, and for a reward function that needs a field
-    which the rows do not have."""
-    if cfg.respond:
-        tasks.load_tool(cfg.respond)
+def check_functions(scorers, dataset):
+    """Raises UserError for a reward function that needs a field which the rows do not have."""
     for scorer in scorers:
         if scorer.function:
             scorer.function.check_parameters(dataset.field_names())
@@ -1014,7 +1009,7 @@ def main(cfg):
     train, held_out = data.load(
         cfg.data, "ppo", cfg.split, cfg.held_out, template, tokenizer, max_prompt_len, cfg.columns
     )
-    check_functions(cfg, scorers, train)
+    check_functions(scorers, train)
     task = load_task(cfg, train)
 
     # ---- engines ----

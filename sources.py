@@ -140,13 +140,9 @@ def make_example(messages, row, response, answers=PAIR, ranks=(1, 2)):
 
 def first_field(row, *names):
     """The first of these fields that the row has, one with a value if possible, or None."""
-    for name in names:
-        if row.get(name) is not None:
-            return name
-    for name in names:
-        if name in row:
-            return name
-    return None
+    present = [name for name in names if name in row]
+    with_value = [name for name in present if row[name] is not None]
+    return next(iter(with_value or present), None)
 
 
 def system_message(row):

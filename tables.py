@@ -769,17 +769,22 @@ def overoptimization_section(record, path):
     ]
 
 
-def mixture_section(record, path):
+def retained_table(record, header, trained, hidden, kl):
+    """trained, hidden, kl: the columns of accuracy on the prompts of PPO, and of accuracy and KL on
+    others."""
     lines = []
     for variant, rows in by_variant(record).items():
-        trained = "-" if variant == "SFT" else seeds(rows, "gold_trained_skills", ".1%")
         lines.append([
             variant,
-            trained,
-            seeds(rows, "gold_hidden_skill", ".1%"),
-            seeds(rows, "kl_hidden_skill", "z.2f"),
+            "-" if variant == "SFT" else seeds(rows, trained, ".1%"),
+            seeds(rows, hidden, ".1%"),
+            seeds(rows, kl, "z.2f"),
             seeds(rows, "held_out_loss", ".3f"),
         ])
+    return table(header, lines)
+
+
+def mixture_section(record, path):
     header = [
         "", "accuracy, five skills", "accuracy, `reverse`", "KL on `reverse`",
         "loss, nats per token",
@@ -792,7 +797,9 @@ def mixture_section(record, path):
         "iterations of 256 answers; then accuracy on held-out prompts of the five skills and of "
         "`reverse`, and the loss on held-out demonstrations of all six.",
         "",
-        *table(header, lines),
+        *retained_table(
+            record, header, "gold_trained_skills", "gold_hidden_skill", "kl_hidden_skill"
+        ),
         "",
         "PPO does not forget `reverse`: what it learns from five skills helps the sixth, which is "
         "of the same kind. What it does leave behind are the demonstrations, with the mistakes of "
@@ -803,16 +810,6 @@ def mixture_section(record, path):
 
 
 def forgetting_section(record, path):
-    lines = []
-    for variant, rows in by_variant(record).items():
-        toy = "-" if variant == "SFT" else seeds(rows, "gold_toy", ".1%")
-        lines.append([
-            variant,
-            toy,
-            seeds(rows, "gold_countdown", ".1%"),
-            seeds(rows, "kl_countdown", "z.2f"),
-            seeds(rows, "held_out_loss", ".3f"),
-        ])
     header = [
         "", "accuracy, `toy`", "accuracy, `countdown`", "KL on `countdown`",
         "loss on `countdown`, nats per token",
@@ -826,7 +823,7 @@ def forgetting_section(record, path):
         f"(`--ptx-data toy,countdown`): {how_experimented(record, path)} After SFT {before} of "
         "`toy` are correct. On held-out prompts and demonstrations:",
         "",
-        *table(header, lines),
+        *retained_table(record, header, "gold_toy", "gold_countdown", "kl_countdown"),
         "",
         "Nothing of `countdown` is forgotten in a run of this length, with or without the KL "
         "penalty and the mixture: prompts of the two tasks look different, and the policy stays "

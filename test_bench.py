@@ -538,7 +538,8 @@ def means(name, column="gold"):
     """{variant of an experiment: mean over its three seeds}."""
     values = {}
     for row in result(name)["rows"]:
-        values.setdefault(row["variant"], []).append(row[column])
+        if column in row:  # best of n has no accuracy before training
+            values.setdefault(row["variant"], []).append(row[column])
     assert all(len(each) == 3 for each in values.values()), "three seeds"
     return {variant: sum(each) / 3 for variant, each in values.items()}
 
@@ -608,8 +609,7 @@ def test_ema_is_better_where_the_learning_rate_stays_high_and_lags_in_short_runs
 
 def test_all_methods_solve_more_of_countdown_and_best_of_16_the_most():
     gold = means("countdown-methods")
-    rows = result("countdown-methods")["rows"]
-    before = np.mean([row["gold_before"] for row in rows if row["variant"] == "PPO"])
+    before = means("countdown-methods", "gold_before")["PPO"]
     for method in (*experiments.METHODS["countdown"], "filtered fine-tuning"):
         assert 0.08 < gold[method] - before < 0.14
     assert gold["best of 16"] > gold["best of 4"] + 0.3 > 0.7
@@ -632,12 +632,9 @@ def test_ppo_on_toy_does_not_forget_countdown_and_the_mixture_costs_accuracy():
     for variant in experiments.forgetting():
         assert abs(countdown[variant] - countdown["SFT"]) < 0.015
         assert abs(loss[variant] - loss["SFT"]) < 0.005
-    toy = {}
-    for row in result("forgetting")["rows"]:
-        if row["variant"] != "SFT":
-            toy.setdefault(row["variant"], []).append(row["gold_toy"])
+    toy = means("forgetting", "gold_toy")
     alone, mixed = toy["PPO, KL coefficient 0"], toy["PPO, KL coefficient 0, mixture"]
-    assert 0.02 < np.mean(alone) - np.mean(mixed) < 0.04
+    assert 0.02 < alone - mixed < 0.04
 
 
 def test_the_sampler_and_the_trainer_agree_to_the_rounding_of_the_dtype():

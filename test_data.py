@@ -1215,7 +1215,9 @@ def test_a_task_of_reasoning_gym_is_rows_and_its_own_scorer(tok):
     answers = [row["response"] for row in rows]
     fields = {"row": [row["row"] for row in rows]}
     assert scorer([""] * 5, answers, fields) == [1.0] * 5
-    assert scorer([""] * 5, answers[::-1], fields)[0] < 1.0
+    own = tasks.gym_dataset("reasoning_gym:spell_backward")
+    credit = [own.score_answer(answer, own[i]) for i, answer in enumerate(answers[::-1])]
+    assert scorer([""] * 5, answers[::-1], fields) == credit and credit[0] < 1.0
     other = tasks.load_function("reasoning_gym:letter_counting")
     with pytest.raises(utils.UserError, match="backward:0, is not one of reasoning_gym:letter"):
         other([""], ["3"], {"row": fields["row"][:1]})
