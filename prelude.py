@@ -1,0 +1,290 @@
+"""The specification of flatRLHF: `make test` runs it, `make test-long` with LONG=1 the rest of it.
+Sections are in the README's order; each test is one sentence.
+
+Dimension key:  B batch, P prompt, A answer, T = P + A, V vocabulary.
+"""
+import contextlib
+import itertools
+import json
+import os
+import queue
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the hub
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import data
+import hybrid_engine
+import kernels
+import ppo
+import reward
+import sft
+import utils
+
+torch.set_num_threads(1)
+
+HERE = Path(__file__).parent
+LONG = bool(os.environ.get("LONG"))
+long = pytest.mark.skipif(not LONG, reason="only in make test-long")
+
+
+def some(few, all_of_them):
+    """Parameters of a test that takes long: few for `make test`, all for `make test-long`."""
+    return all_of_them if LONG else few
+
+
+# -----------------------------------------------------------------------------
+# tiny models of every family
+
+KINDS = (
+    "llama", "llama3 rope", "yarn", "mistral", "qwen2", "qwen3", "opt", "opt-350m", "gpt2",
+    "gpt_neox", "gpt_neox sequential", "bloom",
+)
+
+
+def tiny_config(kind, **more):
+    """The config of a small model of each kind, with a vocabulary of 97."""
+    import transformers as t
+
+    size = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+                max_position_embeddings=512)
+    llama = dict(size, intermediate_size=100, num_key_value_heads=2)
+    scaled = dict(rope_theta=1e4, factor=8.0, original_max_position_embeddings=64)
+    llama3 = dict(scaled, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
+    config = {
+        "llama": lambda: t.LlamaConfig(**llama),
+        "llama3 rope": lambda: t.LlamaConfig(**llama, rope_parameters=llama3),
+        "yarn": lambda: t.LlamaConfig(**llama, rope_parameters=dict(scaled, rope_type="yarn")),
+        "mistral": lambda: t.MistralConfig(**dict(llama, num_key_value_heads=1), sliding_window=20),
+        "qwen2": lambda: t.Qwen2Config(**llama, use_sliding_window=True, sliding_window=16,
+                                       max_window_layers=1),
+        "qwen3": lambda: t.Qwen3Config(**llama, head_dim=32),
+        "opt": lambda: t.OPTConfig(**size, ffn_dim=100, word_embed_proj_dim=64),
+        "opt-350m": lambda: t.OPTConfig(**size, ffn_dim=100, word_embed_proj_dim=32,
+                                        do_layer_norm_before=False),
+        "gpt2": lambda: t.GPT2Config(vocab_size=97, n_embd=64, n_layer=3, n_head=4,
+                                     n_positions=512),
+        "gpt_neox": lambda: t.GPTNeoXConfig(**size, intermediate_size=100, rotary_pct=0.25),
+        "gpt_neox sequential": lambda: t.GPTNeoXConfig(
+            **size, intermediate_size=100, rotary_pct=1.0, use_parallel_residual=False),
+        # 6 heads: the slopes of ALiBi have a second series past a power of two.
+        "bloom": lambda: t.BloomConfig(vocab_size=97, hidden_size=96, n_layer=3, n_head=6),
+    }[kind]()
+    config.update(dict(eos_token_id=5, bos_token_id=1, pad_token_id=0) | more)
+    return config
+
+
+def model_of(kind, seed=0, **more):
+    """A model of one of KINDS with random weights, larger than an initialisation, so that no wrong
+    layer can hide; "<kind> lora": with adapters that are not zero. more: changes to its config."""
+    from transformers import AutoModelForCausalLM
+
+    name, _, lora = kind.partition(" lora")
+    torch.manual_seed(seed)
+    lm = AutoModelForCausalLM.from_config(tiny_config(name, **more)).eval()
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.add_(torch.randn_like(p) * (0.1 if p.dim() > 1 else 0.05))
+    if kind.endswith(" lora"):
+        utils.add_lora(lm, 4)
+        for name, p in lm.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(std=0.1)
+    return lm
+
+
+# -----------------------------------------------------------------------------
+# prompts, answers, log-probabilities
+
+
+def ragged(lengths, vocab=97, seed=0):
+    """Random prompts of these lengths, as lists of token ids."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(6, vocab, (n,), generator=g).tolist() for n in lengths]
+
+
+def rows_of(out):
+    """The rows of a Rollout without their padding, as lists of token ids."""
+    lengths = (out.prompt_lens + out.answer_lens).tolist()
+    return [row[:n].tolist() for row, n in zip(out.tokens, lengths)]
+
+
+def plain_logprobs(lm, tokens, prompt_len, temperature=1.0):
+    """Log-probability of each answer token of one row, by the textbook: a forward of this row."""
+    with torch.no_grad():
+        logits = lm(torch.tensor([tokens])).logits[0, prompt_len - 1 : -1].double() / temperature
+    answer = torch.tensor(tokens[prompt_len:])
+    return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
+
+
+# -----------------------------------------------------------------------------
+# files, runs of scripts, rank processes
+
+
+def write_rows(path, rows):
+    """A file of JSON lines; returns its path as a string."""
+    Path(path).write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def train(script, out, **flags):
+    """Runs a script's main in this process; returns its metrics, one dict per step."""
+    script.main(script.Config(out=str(out), **flags))
+    return read_lines(Path(out) / "metrics.jsonl")
+
+
+def command(*args, stdin=None, cwd=HERE):
+    """Runs Python as a user would; returns (exit code, what it printed)."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {k: v for k, v in os.environ.items() if k not in launcher}
+    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True,
+                          cwd=cwd, env=env, input=stdin)
+    return done.returncode, done.stdout + done.stderr
+
+
+def free_port():
+    """A port outside the range from which the system gives ports to whoever asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+
+
+def serve_calls(rank, world, port, calls, answers):
+    """What a rank process does: function after function, until it is killed."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    while True:
+        function, args, kwargs = calls.get()
+        try:
+            answers.put((rank, None, function(*args, **kwargs)))
+        except BaseException:
+            answers.put((rank, traceback.format_exc(), None))
+
+
+class Ranks:
+    """Two gloo ranks that are kept for the whole session, because a start of two processes costs
+    six seconds. two(function, ...) returns [result of rank 0, result of rank 1]. A function that
+    patches anything must put it back. After a failure or a timeout both are started anew."""
+
+    def __init__(self):
+        self.processes = []
+
+    def start(self):
+        spawn = mp.get_context("spawn")
+        self.answers = spawn.Queue()
+        self.calls = [spawn.Queue(), spawn.Queue()]
+        port = free_port()
+        for rank in range(2):
+            args = (rank, 2, port, self.calls[rank], self.answers)
+            self.processes.append(spawn.Process(target=serve_calls, args=args, daemon=True))
+            self.processes[-1].start()
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+        self.processes = []
+
+    def __call__(self, function, *args, timeout=200, **kwargs):
+        if not self.processes:
+            self.start()
+        for calls in self.calls:
+            calls.put((function, args, kwargs))
+        results = {}
+        deadline = time.time() + timeout
+        while len(results) < 2:
+            try:
+                rank, error, result = self.answers.get(timeout=1)
+            except queue.Empty:
+                alive = all(process.is_alive() for process in self.processes)
+                if time.time() > deadline or not alive:
+                    self.stop()
+                    pytest.fail(f"{function.__name__}: a rank hangs or has died")
+                continue
+            if error:
+                self.stop()
+                pytest.fail(f"{function.__name__}, rank {rank}:\n{error}")
+            results[rank] = result
+        return [results[0], results[1]]
+
+
+@pytest.fixture(scope="session")
+def two():
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def tok():
+    return utils.load_tokenizer("tiny")
+
+
+@pytest.fixture(scope="session")
+def toy_file(tmp_path_factory):
+    """240 rows of toy in a file: little enough to train on in a second."""
+    rows = itertools.islice(data.toy(), 240)
+    return write_rows(tmp_path_factory.mktemp("toy") / "toy.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A model folder smaller than tiny: 2 layers of 64, with the built-in tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("small")
+    config = utils.tiny_config()
+    config.update(dict(hidden_size=64, intermediate_size=100, num_hidden_layers=2,
+                       num_attention_heads=4, num_key_value_heads=2, head_dim=16))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    utils.load_tokenizer("tiny").save_pretrained(folder)
+    return str(folder)
+
+
+COMMON = dict(held_out=0.2, batch_size=8, max_len=64)
+
+
+@pytest.fixture(scope="session")
+def chain(small, toy_file, tmp_path_factory):
+    """The three steps, run in this process on 240 rows: {step: (folder, metrics)}."""
+    out = tmp_path_factory.mktemp("chain")
+    common = dict(COMMON, data=toy_file)
+    runs = {}
+    runs["sft"] = train(sft, out / "sft", model=small, epochs=0.5, lr=1e-3, **common)
+    common["model"] = str(out / "sft")
+    runs["reward"] = train(reward, out / "reward", epochs=0.5, lr=2.5e-4, **common)
+    runs["ppo"] = train(ppo, out / "ppo", reward=str(out / "reward"), iterations=3, minibatches=2,
+                        ppo_epochs=2, max_new_tokens=8, actor_lr=3e-4, critic_lr=1e-3, **common)
+    return {step: (str(out / step), metrics) for step, metrics in runs.items()}
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANDLERS = [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run leaves its handlers behind; Ctrl-C must go on ending pytest."""
+    yield
+    for number, handler in zip(SIGNALS, HANDLERS):
+        signal.signal(number, handler)
