@@ -75,23 +75,24 @@ def test_a_run_goes_on_with_weights_moments_and_ema_to_the_bit(dtype, zero, tmp_
 def test_a_run_that_is_killed_in_a_checkpoint_or_a_log_ends_as_if_it_had_not_been(
         tmp_path, monkeypatch):
     whole = short_run(tmp_path / "whole")
-    for i, (owner, name, when) in enumerate((
-            (torch, "save", "before"), (Path, "rename", "before"), (Path, "rename", "after"),
-            (shutil, "rmtree", "before"), (utils.Run, "write", "after"))):
+    for i, (owner, name, call, when) in enumerate((
+            (torch, "save", 5, "before"), (Path, "rename", 3, "before"),
+            (Path, "rename", 3, "after"), (shutil, "rmtree", 2, "before"),
+            (utils.Run, "write", 5, "after"))):
         real = getattr(owner, name)
-        seen = []
+        calls = itertools.count(1)
 
-        def kill_at_the_fifth(*args, real=real, when=when, seen=seen, **kwargs):
-            seen.append(1)
-            if len(seen) == 5 and when == "before":
+        def kill(*args, real=real, calls=calls, call=call, when=when, **kwargs):
+            number = next(calls)
+            if (number, when) == (call, "before"):
                 raise Killed
             real(*args, **kwargs)
-            if len(seen) == 5:
+            if number == call:
                 raise Killed
 
         out = tmp_path / str(i)
-        with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(owner, name, kill_at_the_fifth)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, kill)
             short_run(out)
         with open(out / "metrics.jsonl", "a") as file:
             file.write('{"step": 1, "lo')  # a torn line
@@ -115,6 +116,8 @@ def test_ten_checkpoints_are_written_two_are_kept_and_a_signal_ends_a_run_with_o
     steps = sorted({step for steps in seen for step in steps})
     assert steps == list(range(3, 30, 3)), "none at the end, where the result is saved"
     assert max(map(len, seen)) == 2 and seen[-1] == [24, 27]
+    after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert after == before, "a finished run takes its handlers back"
 
     def send_at(number, at):
         return lambda step: os.kill(os.getpid(), number) if step == at else None
@@ -128,8 +131,6 @@ def test_ten_checkpoints_are_written_two_are_kept_and_a_signal_ends_a_run_with_o
         assert start == 13 and equal(end, whole[2]), "a signal in the last step changes nothing"
         assert utils.skipped["total"] == 0
         assert results(out) == results(tmp_path / "whole")
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    assert handlers == before, "a finished run takes its handlers back"
     assert "--resume: goes on after step 13 of 30" in capsys.readouterr().out
 
 
@@ -150,7 +151,7 @@ def test_a_folder_is_claimed_by_one_run_and_goes_on_only_as_it_began(tmp_path, m
         short_run(out, at_step=die_at(3), resume=True, zero=0)
     refused("--batch_size was 32, and now it is 8", resume=True, batch_size=8)
     refused("the rows of --data are not those", resume=True, digest="other rows")
-    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_world_size", lambda *args, **kwargs: 4)
     with pytest.raises(Killed):
         short_run(out, at_step=die_at(4), resume=True, micro_batch=2)  # these may change
     monkeypatch.undo()
@@ -161,7 +162,7 @@ def test_a_folder_is_claimed_by_one_run_and_goes_on_only_as_it_began(tmp_path, m
     refused("holds a run or a model", path=tmp_path / "model", resume=True)
     with pytest.raises(Killed):
         short_run(tmp_path / "sharded", at_step=die_at(3), zero=2)
-    monkeypatch.setattr(dist, "get_world_size", lambda *args: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda *args, **kwargs: 2)
     engine = engine_of()
     cfg = sft.Config(out=str(tmp_path / "sharded"), resume=True)
     run = utils.Run(cfg, 6, {}, digest="rows", engine=engine)

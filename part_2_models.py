@@ -115,12 +115,6 @@ def test_merged_weights_are_base_and_adapters_together(kind):
 # ---- folders
 
 
-def load_lm(path, dtype=torch.float32, **entries):
-    from transformers import AutoModelForCausalLM
-
-    return utils.load_model(AutoModelForCausalLM, str(path), dtype, **entries)
-
-
 def test_a_tensor_that_is_missing_or_has_another_shape_is_named_and_unknown_ones_pass(
         tmp_path, capsys):
     from safetensors.torch import load_file, save_file

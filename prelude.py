@@ -156,6 +156,12 @@ def engine_of(lm=None, lr=1e-3, eps=1e-8, micro_batches=1, **flags):
     return utils.train_engine(sft.Policy(lm), lr, 2, micro_batches, cfg, eps)
 
 
+def load_lm(path, dtype=torch.float32, **entries):
+    from transformers import AutoModelForCausalLM
+
+    return utils.load_model(AutoModelForCausalLM, str(path), dtype, **entries)
+
+
 def train(script, out, **flags):
     """Runs a script's main in this process; returns its metrics, one dict per step."""
     script.main(script.Config(out=str(out), **flags))
