@@ -19,6 +19,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple
+from unittest import mock
 
 import psutil
 import torch
@@ -166,7 +167,10 @@ def kept_bytes(name, lora, length, itemsize):
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:1] * layers
-        with FakeTensorMode():
+        # Else transformers makes a mask for fake tensors, because it cannot see that rows are whole.
+        no_mask = mock.patch("transformers.masking_utils.find_packed_sequence_indices",
+                             return_value=None)
+        with FakeTensorMode(), no_mask:
             dtype = torch.float32 if itemsize == 4 else torch.bfloat16
             lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
             lm = utils.add_lora(lm, lora).eval()  # no dropout
@@ -175,8 +179,7 @@ def kept_bytes(name, lora, length, itemsize):
 
             def pack(x, kept=kept, alive=alive):
                 alive.append(x)
-                if x.shape[1:] != (1, length, length):  # a mask, made for fake tensors only
-                    kept.setdefault(x.untyped_storage()._cdata, x.untyped_storage().nbytes())
+                kept.setdefault(x.untyped_storage()._cdata, x.untyped_storage().nbytes())
                 return x
 
             with saved_tensors_hooks(pack, lambda x: x):
