@@ -37,13 +37,10 @@ def test_a_demo_of_toy_reports_what_its_runs_logged(tmp_path, capsys, monkeypatc
     _, accuracy = demo.column(tmp_path / "reward", "held_out_accuracy")
     assert summary["reward"] == {"accuracy": accuracy[-1]}
     assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
-    assert (tmp_path / "reward" / "finished").exists()
 
     capsys.readouterr()
-    before = (tmp_path / "ppo" / "metrics.jsonl").stat().st_mtime_ns
     demo.main(cfg)  # nothing is left to do
     assert capsys.readouterr().out.count("is finished, and kept") == 3
-    assert (tmp_path / "ppo" / "metrics.jsonl").stat().st_mtime_ns == before
     with pytest.raises(utils.UserError, match="--seed 1, not 2"):
         demo.main(demo.Config(out=str(tmp_path), seed=2, **FLAGS))
 
@@ -52,9 +49,8 @@ def test_flags_are_passed_on_as_they_are():
     cfg = demo.Config(model="a/b", reward_model="c/d", data="x.jsonl", split="2,4,4", out="o",
                       reward_flags="--zero 3 --ds-config 'my file.json'")
     config = utils.parse_args(reward.Config, demo.flags_of("reward", cfg))
-    assert (config.model, config.data, config.split) == ("c/d", "x.jsonl", "2,4,4")
-    assert config.out == "o/reward"
-    assert (config.zero, config.ds_config) == (3, "my file.json")
+    assert config == reward.Config(model="c/d", data="x.jsonl", split="2,4,4", out="o/reward",
+                                   zero=3, ds_config="my file.json")
 
 
 def opt_folder(folder, width, seed):
