@@ -33,6 +33,6 @@ def calculate(answer, **fields):
 
 
 def correct(completions, sum, **kwargs):
-    """A reward function: 1.0 if the sum stands at the start of the answer or behind a call."""
-    found = [re.search(rf"(^|\]){s}\b", c.strip()) for c, s in zip(completions, sum)]
+    """A reward function: 1.0 if the sum is at the start of the answer or behind a call."""
+    found = [re.search(rf"(^|\]\D*){s}\b", c.strip()) for c, s in zip(completions, sum)]
     return [float(match is not None) for match in found]
