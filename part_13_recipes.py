@@ -9,7 +9,6 @@ import re
 
 CORE = [f"{name}.py" for name in "sft reward ppo data utils hybrid_engine kernels".split()]
 RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.diff"))}
-GROUPED = dict(answers_per_prompt=4, batch_size=16)
 
 
 def git(*args, cwd=HERE):
@@ -47,77 +46,21 @@ def test_a_recipe_applies_with_at_most_25_added_lines_and_the_page_has_it(name, 
         assert f"({path.name})" in (HERE / "recipes/README.md").read_text()
 
 
-# -----------------------------------------------------------------------------
-# advantages
+# ---- advantages ----
 
 
-def batch_with_holes(module, groups=3, n=4, A=7):
-    """A scored batch made by hand: n answers to each prompt, with holes in the mask."""
+def batch_with_holes(module, B=12, A=7):
+    """A scored batch made by hand, four answers to each prompt, with holes in the mask."""
     g = torch.Generator().manual_seed(7)
-    B = groups * n
     answer_lens = torch.randint(3, A + 1, (B,), generator=g)
     mask = (torch.rand(B, A, generator=g) < 0.8) & (torch.arange(A) < answer_lens[:, None])
     mask[:, 0] = True
     old, ref, sample, values = [torch.randn(B, A, generator=g) * mask for _ in range(4)]
-    finished = torch.rand(B, generator=g) < 0.7
     return module.Batch(
         tokens=torch.zeros(B, A + 2).long(), prompt_lens=torch.full((B,), 2), mask=mask,
-        answer_lens=answer_lens, finished=finished, sample_logprobs=sample, old_logprobs=old,
-        ref_logprobs=ref, values=values, scores={"rule": torch.randn(B, generator=g)},
-        total=torch.zeros(B), kl=torch.zeros(B), columns={"answer_lens": answer_lens.tolist()})
-
-
-def of_row(name, batch, i):
-    """(score, rewards, values) of a row, the latter at its sampled tokens."""
-    columns = batch.mask[i].nonzero().flatten().tolist()
-    score = (batch.scores["rule"][i].item() - 0.5) / 2.0 - (not batch.finished[i])
-    if name == "length-penalty":
-        score -= 0.05 * batch.answer_lens[i].item()
-    kl = (batch.old_logprobs - batch.ref_logprobs)[i].tolist()
-    kl_coef = 0.0 if name == "kl-in-loss" else 0.3
-    rewards = [-kl_coef * kl[t] for t in columns]
-    rewards[-1] += score
-    if name == "process-reward":
-        rewards = [r + t % 2 for r, t in zip(rewards, columns)]
-    return score, rewards, batch.values[i, columns].tolist()
-
-
-def gae_of(row, k, lam):
-    _, rewards, values = row
-    errors = [r + after - v for r, v, after in zip(rewards, values, [*values[1:], 0.0])]
-    return sum(lam ** (m - k) * errors[m] for m in range(k, len(errors)))
-
-
-def others(numbers, i):
-    """The numbers of the other answers to the same prompt."""
-    return [numbers[j] for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i]
-
-
-def rloo_of(rows, i, k):
-    totals = [sum(rewards) for _, rewards, _ in rows]
-    return totals[i] - np.mean(others(totals, i))
-
-
-def drgrpo_of(rows, i, k):
-    scores = [score for score, *_ in rows]
-    return scores[i] - np.mean([scores[i], *others(scores, i)])
-
-
-def grpo_of(rows, i, k):
-    scores = [score for score, *_ in rows]
-    return drgrpo_of(rows, i, k) / (np.std([scores[i], *others(scores, i)], ddof=1) + 1e-4)
-
-
-def reward_to_go(rows, i, k):
-    return sum(rows[i][1][k:])
-
-
-def ppo_of(rows, i, k):
-    return gae_of(rows[i], k, 0.95)
-
-
-def adaptive_of(rows, i, k):
-    return gae_of(rows[i], k, 1 - 1 / len(rows[i][1]))
+        answer_lens=answer_lens, finished=torch.rand(B, generator=g) < 0.7, sample_logprobs=sample,
+        old_logprobs=old, ref_logprobs=ref, values=values, total=torch.zeros(B), kl=torch.zeros(B),
+        scores={"rule": torch.randn(B, generator=g)}, columns={"answer_lens": answer_lens.tolist()})
 
 
 def odd_columns(answer_lens):
@@ -125,30 +68,56 @@ def odd_columns(answer_lens):
     return [[float(t % 2) for t in range(n)] for n in answer_lens]
 
 
-ADVANTAGES = {  # name: a token's advantage, before whitening where there is any
-    "rloo": rloo_of, "grpo": grpo_of, "drgrpo": drgrpo_of, "gspo": grpo_of, "sao": adaptive_of,
-    "reinforce++": reward_to_go, "two-lambdas": adaptive_of, "kl-in-loss": ppo_of,
-    "length-penalty": ppo_of, "process-reward": ppo_of, "truncated-is": ppo_of,
-    "break-whitening": ppo_of,
-}
+def seen_of_row(name, batch, i):
+    """(penalized score, rewards, values) of a row, the latter two at its sampled tokens."""
+    columns = batch.mask[i].nonzero().flatten().tolist()
+    score = (batch.scores["rule"][i].item() - 0.5) / 2.0 - (not batch.finished[i])
+    if name == "length-penalty":
+        score -= 0.05 * batch.answer_lens[i].item()
+    kl_coef = 0.0 if name == "kl-in-loss" else 0.3
+    rewards = (-kl_coef * (batch.old_logprobs - batch.ref_logprobs))[i, columns].tolist()
+    rewards[-1] += score
+    if name == "process-reward":
+        rewards = [r + t % 2 for r, t in zip(rewards, columns)]
+    return score, rewards, batch.values[i, columns].tolist()
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+def advantages_of_row(name, rows, i):
+    """What a recipe gives the sampled tokens of a row, before whitening."""
+    score, rewards, values = rows[i]
+    n = len(rewards)
+    group = range(i // 4 * 4, i // 4 * 4 + 4)
+    if name == "rloo":
+        return [sum(rewards) - np.mean([sum(rows[j][1]) for j in group if j != i])] * n
+    if name in ("grpo", "drgrpo", "gspo"):
+        scores = [rows[j][0] for j in group]
+        std = 1.0 if name == "drgrpo" else np.std(scores, ddof=1) + 1e-4
+        return [(score - np.mean(scores)) / std] * n
+    lam = 1 - 1 / n if name in ("two-lambdas", "sao") else 0.95
+    errors = [r + after - v for r, v, after in zip(rewards, values, [*values[1:], 0.0])]
+    if name in ("reinforce++", "returns"):
+        lam, errors = 1.0, rewards
+    return [sum(lam ** (m - k) * errors[m] for m in range(k, n)) for k in range(n)]
+
+
+@pytest.mark.parametrize("name", [
+    "rloo", "grpo", "drgrpo", "gspo", "sao", "reinforce++", "two-lambdas", "kl-in-loss",
+    "length-penalty", "process-reward", "truncated-is", "break-whitening"])
 def test_the_advantages_of_a_recipe_are_those_of_a_loop_over_tokens(name, recipe):
     module = recipe(name)
     batch = batch_with_holes(module)
     if name == "process-reward":
         batch.process = module.process_rewards(odd_columns, batch)
     scorers = [module.Scorer("rule", "rule", 1.0, function=len, mean=0.5, std=2.0)]
-    module.estimate_advantages(batch, scorers, module.Config(**GROUPED, kl_coef=0.3))
-    rows = [of_row(name, batch, i) for i in range(len(batch.mask))]
-    expected = torch.zeros_like(batch.advantages)
-    returns = torch.zeros_like(expected)
-    for i in range(len(rows)):
-        for k, t in enumerate(batch.mask[i].nonzero().flatten().tolist()):
-            expected[i, t] = ADVANTAGES[name](rows, i, k)
-            returns[i, t] = reward_to_go(rows, i, k)
+    cfg = module.Config(answers_per_prompt=4, kl_coef=0.3)
+    module.estimate_advantages(batch, scorers, cfg)
+    rows = [seen_of_row(name, batch, i) for i in range(len(batch.mask))]
+    zeros = torch.zeros_like(batch.advantages)
+    flat = [advantages_of_row(name, rows, i) for i in range(len(rows))]
+    expected = zeros.masked_scatter(batch.mask, torch.tensor(sum(flat, [])).float())
     if name in ("two-lambdas", "sao"):  # the critic's lambda is 1
+        flat = [advantages_of_row("returns", rows, i) for i in range(len(rows))]
+        returns = zeros.masked_scatter(batch.mask, torch.tensor(sum(flat, [])).float())
         torch.testing.assert_close(batch.returns, returns, rtol=1e-4, atol=1e-4)
     if name not in ("grpo", "drgrpo", "gspo", "break-whitening"):
         inside = expected[batch.mask]
@@ -158,35 +127,28 @@ def test_the_advantages_of_a_recipe_are_those_of_a_loop_over_tokens(name, recipe
     torch.testing.assert_close(batch.advantages, expected, rtol=1e-4, atol=1e-4)
 
 
-# -----------------------------------------------------------------------------
-# losses of one answer: of its tokens' log-ratios, advantages and log-probabilities
+# ---- losses ----
 
 
-def clipped(ratio, advantage, upper=1.2):
-    return max(-advantage * ratio, -advantage * min(max(ratio, 0.8), upper))
+def losses_of_answer(name, log_ratio, advantages, logprobs):
+    """What a recipe's loss is a mean of."""
+    ratio = log_ratio.exp()
+    if name == "cispo":
+        weights = [min(r.item(), 1.2) for r in ratio]
+        return [-w * a * x for w, a, x in zip(weights, advantages, logprobs)]
+    if name == "sao":
+        return [-r * a * float(0.2 < r < 4) for r, a in zip(ratio, advantages)]
+    if name == "gspo":
+        ratio = [log_ratio.mean().exp()]
+    upper = 1.28 if name == "clip-higher" else 1.2
+    losses = [max(-a * r, -a * min(max(r, 0.8), upper)) for r, a in zip(ratio, advantages)]
+    if name == "clip-higher":
+        losses = [min(x, -3 * a) if a < 0 else x for x, a in zip(losses, advantages)]
+    return losses
 
 
-def clip_higher_of(log_ratio, advantages, logprobs):
-    losses = [clipped(r, a, 1.28) for r, a in zip(log_ratio.exp(), advantages)]
-    return [min(x, -3 * a) if a < 0 else x for x, a in zip(losses, advantages)]
-
-
-def cispo_of(log_ratio, advantages, logprobs):
-    weights = [min(r.item(), 1.2) for r in log_ratio.exp()]
-    return [-w * a * x for w, a, x in zip(weights, advantages, logprobs)]
-
-
-def gspo_of(log_ratio, advantages, logprobs):
-    return [clipped(log_ratio.mean().exp(), advantages[0])]
-
-
-def sao_of(log_ratio, advantages, logprobs):
-    return [-r * a * float(0.2 < r < 4) for r, a in zip(log_ratio.exp(), advantages)]
-
-
-@pytest.mark.parametrize("name, of_answer", {
-    "clip-higher": clip_higher_of, "cispo": cispo_of, "gspo": gspo_of, "sao": sao_of}.items())
-def test_the_loss_of_a_recipe_is_that_of_a_loop_over_tokens(name, of_answer, recipe):
+@pytest.mark.parametrize("name", ["clip-higher", "cispo", "gspo", "sao"])
+def test_the_loss_of_a_recipe_is_that_of_a_loop_over_tokens(name, recipe):
     g = torch.Generator().manual_seed(5)
     old, change, advantages = (torch.randn(9, 9, generator=g).double() for _ in range(3))
     mask = torch.rand(9, 9, generator=g) < 0.7
@@ -196,20 +158,19 @@ def test_the_loss_of_a_recipe_is_that_of_a_loop_over_tokens(name, of_answer, rec
     losses = []
     for i, inside in enumerate(mask):
         x = logprobs[i][inside]
-        losses += of_answer(x - old[i][inside], advantages[i][inside], x)
+        losses += losses_of_answer(name, x - old[i][inside], advantages[i][inside], x)
     expected = torch.stack(losses).mean()
-    [gradient] = torch.autograd.grad(expected, logprobs)
     loss = recipe(name).actor_loss(logprobs, old, advantages * mask, mask, 0.2)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    torch.testing.assert_close(torch.autograd.grad(loss, logprobs)[0], gradient)
+    gradients = [torch.autograd.grad(x, logprobs)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradients)
 
 
-# -----------------------------------------------------------------------------
-# phases
+# ---- runs ----
 
 
 class TwoRows:
-    """What rollout() asks of Rows: prompts, and the fields of the rows."""
+    """What rollout() asks of Rows."""
     prompts = [np.array([65, 66, 67]), np.array([68, 69])]
     fields = [{"n": 2}, {"n": 3}]
 
@@ -217,40 +178,147 @@ class TwoRows:
         return {"n": [self.fields[i]["n"] for i in indices]}
 
 
-def test_a_tools_words_stand_behind_what_ended_as_holes_and_the_policy_goes_on(
-        recipe, small, tok, tmp_path):
+def test_a_tools_words_are_holes_and_the_policy_goes_on_behind_them(recipe, tok, tmp_path):
     utils.init_distributed(0)
-    (tmp_path / "tool.py").write_text(
-        "def reply(answer, n):\n    return None if len(answer) % n == 0 else 'xyz'[:n]\n")
-    lm = utils.load_model(small, torch.float32)
+    tool = "def reply(answer, n):\n    return None if len(answer) % n == 0 else 'ABC'[:n]\n"
+    (tmp_path / "tool.py").write_text(tool)
+    lm = model_of("llama")
     sampler = hybrid_engine.HybridEngine(lm)
-    cfg = ppo.Config(max_new_tokens=6)
-    object.__setattr__(cfg, "respond", f"{tmp_path}/tool.py:reply")
-    ends = list(range(0, 256, 3))  # so that a third of the tokens end an answer
-    indices = np.array([0, 1] * 8)
-    seeds = [hash((3, i)) for i in range(16)]
     module = recipe("tool-use")
-    batch = module.rollout(sampler, TwoRows(), indices, seeds, cfg, tok, ends)
+    cfg = module.Config(max_new_tokens=6, respond=f"{tmp_path}/tool.py:reply")
+    ends = list(range(0, 97, 3))  # so that a third of the tokens end an answer
+    seeds = [hash((3, i)) for i in range(16)]
+    batch = module.rollout(sampler, TwoRows(), np.array([0, 1] * 8), seeds, cfg, tok, ends)
     replies = 0
-    for i, index in enumerate(indices):  # the second version: one row alone, turn after turn
-        prompt = TwoRows.prompts[index].tolist()
+    for i, seed in enumerate(seeds):  # the second version: one row alone, turn after turn
+        prompt = TwoRows.prompts[i % 2].tolist()
+        n = TwoRows.fields[i % 2]["n"]
         answer, sampled = [], []
-        for turns_left in (2, 1, 0):
-            out = sampler.generate([prompt + answer], 6, eos_token_id=ends, seed=[seeds[i]])
-            new = rows_of(out)[0][len(prompt) + len(answer) :]
-            answer += new
-            sampled += [True] * len(new)
-            n = TwoRows.fields[index]["n"]
-            text = tok.decode(answer[:-1])
-            if not turns_left or answer[-1] not in ends or len(text) % n == 0:
+        for turn in range(3):
+            out = sampler.generate([prompt + answer], 6, eos_token_id=ends, seed=[seed])
+            answer += out.tokens[0, len(prompt) + len(answer) :].tolist()
+            sampled += [True] * (len(answer) - len(sampled))
+            if turn == 2 or answer[-1] not in ends or len(tok.decode(answer[:-1])) % n == 0:
                 break
-            answer += tok("xyz"[:n])["input_ids"]
+            answer += tok("ABC"[:n])["input_ids"]
             sampled += [False] * n
             replies += 1
-        P, N = len(prompt), len(answer)
-        assert batch.tokens[i, : P + N].tolist() == prompt + answer
+        N = len(answer)
+        assert batch.tokens[i, : len(prompt) + N].tolist() == prompt + answer
         assert batch.mask[i].tolist() == sampled + [False] * (batch.mask.size(1) - N)
-        expected = plain_logprobs(lm, prompt + answer, P) * torch.tensor(sampled)
-        torch.testing.assert_close(batch.sample_logprobs[i, :N].double(), expected, atol=1e-4,
-                                   rtol=0)
-    assert replies > 5 and not batch.mask.all()
+        expected = plain_logprobs(lm, prompt + answer, len(prompt)) * torch.tensor(sampled)
+        assert batch.sample_logprobs[i, :N].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert replies > 5
+
+
+@long
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_and_changes_what_is_learned(name, recipe, chain, toy_file, tmp_path):
+    module = recipe(name)
+    flags = dict(COMMON, data=toy_file, model=chain["sft"][0], reward=chain["reward"][0],
+                 iterations=2, minibatches=2, max_new_tokens=8)
+    [words] = re.findall(r"^Flags: (.*)", RECIPES[name].read_text(), re.M) or [""]
+    for flag, value in re.findall(r"--(\S+) (\S+)", words):
+        flag = flag.replace("-", "_")
+        flags[flag] = type(getattr(ppo.Config(), flag))(value)
+    plain = train(ppo, tmp_path / "plain", **flags)
+    if name == "process-reward":
+        (tmp_path / "user.py").write_text(
+            "def odd(completion_ids, **_):\n    return [[i % 2 for i in a] for a in completion_ids]")
+        flags["process_reward"] = f"{tmp_path}/user.py:odd"
+    critic_steps = []
+    critic_loss = module.critic_loss
+
+    def counted(*args):
+        critic_steps.append(1)
+        return critic_loss(*args)
+
+    module.critic_loss = counted
+    metrics = train(module, tmp_path / "run", **flags)
+    assert all(math.isfinite(x) for row in metrics for x in row.values())
+    has_critic = "critic = None" not in RECIPES[name].read_text()
+    assert len(critic_steps) == 4 * has_critic * (2 if name == "sao" else 1)
+    assert ("critic_loss" in metrics[1]) == ("explained_variance" in metrics[1]) == has_critic
+    same = ("sampler-logprobs", "truncated-is", "tool-use")  # in fp32; and no toy answer has a call
+    what = "critic_loss" if name in ("sao", "adaptive-kl") else "eval_kl"
+    assert metrics[2][what] == pytest.approx(plain[2][what], rel=1e-4) or name not in same
+    assert metrics[2][what] != plain[2][what] or name in same
+    if name == "sao":  # in its warm-up the actor is plain PPO's
+        assert metrics[1]["entropy"] == pytest.approx(plain[1]["entropy"])
+    if name == "dynamic-sampling":
+        assert metrics[1]["unjudged"] == flags["batch_size"]
+    if name == "adaptive-kl":
+        assert metrics[1]["kl_coef"] == 0.05 > metrics[2]["kl_coef"]
+
+
+# ---- user files ----
+
+
+def user(name):
+    return data.load_function(str(HERE / "recipes" / name))
+
+
+def test_countdown_and_gsm8k_judge_answers_exactly(monkeypatch, tmp_path):
+    rows = list(itertools.islice(user("countdown.py:countdown")(), 100))
+    assert rows == list(itertools.islice(user("countdown.py:countdown")(), 100))
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    correct = user("countdown.py:correct")
+    assert set(correct(columns["chosen"], **columns)) == {1.0}
+    assert set(correct(columns["rejected"], **columns)) == {0.0}
+    assert 40 <= sum(correct(columns["response"], **columns)) <= 60
+    right = ["(1+2)*8", " ( 1 + 2 ) * 8 = 24", "8*(1+2)\n", "8/(1/(2+1))", "8*(1+2)" + " " * 999]
+    wrong = ["8*2+8", "(1+2)*8=23", "(1+2)*8=", "24", "", "=24", "8*(1+2", "8**1+2", "48//2", "1/0",
+             "9**9**9**9", "8*(1+2)#", "0x8*(1+2)", "8_0", "\u0668*(1+2)", "(" * 90 + "8" + ")" * 9,
+             "__import__('os')", "8" * 9999, "8*(1+2.0)"]
+    both = right + wrong
+    scores = correct(both, [[8, 2, 1]] * len(both), [24] * len(both))
+    assert scores == [1.0] * len(right) + [0.0] * len(wrong)
+    assert correct(["1"], [None], [None]) == [None]
+
+    correct = user("gsm8k.py:correct")
+    right = ["#### 1,234", "It is 7, no, 1234.", "7, so $1,234", "1234.0", "#### 1234 of 5",
+             "#### none, 1234", "1 and 1234 ####", "1244-10=1234", "2468/2-1234", "- 1234"]
+    wrong = ["It is 1234, no, 7", "9" * 9000, "1234 or " + "9" * 9000, "-1234", "", "none", "12 34"]
+    both = right + wrong
+    scores = correct(both, ["He has <<2*617=1234>>1234.\n#### 1234"] * len(both))
+    assert scores == [1.0] * len(right) + [0.0] * len(wrong)
+    assert correct(["so 42", "-0.5", "#### .5", "1"], [42, -0.5, 0.5, None]) == [1, 1, 1, None]
+
+
+def rows_of_user_file(name, constant, rows, monkeypatch, tmp_path):
+    generator = user(name)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setitem(generator.__globals__, constant, path)
+    return list(generator())
+
+
+def test_gsm8k_shp_webgpt_and_the_calculator_give_rows(monkeypatch, tmp_path):
+    rows = [{"question": "?", "answer": "2*3=<<2*3=6>>6\n#### 6"}]
+    [row] = rows_of_user_file("gsm8k.py:gsm8k", "SOURCE", rows, monkeypatch, tmp_path)
+    assert row == {"prompt": "?", "response": "2*3=6\n#### 6", "solution": rows[0]["answer"]}
+    row = {"history": "?", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 3.0}
+    rows = [row, row | {"labels": 0}, row | {"score_ratio": 1.5}]
+    rows = rows_of_user_file("shp.py:shp", "SOURCE", rows, monkeypatch, tmp_path)
+    assert [row["chosen"] + row["rejected"] for row in rows] == ["ab", "ba"]
+    row = {"question": {"full_text": "?"}, "answer_0": "a [1, 2].", "answer_1": "b[3]"}
+    scores = [(0.0, 0.0), (-1.0, 1.0), (1.0, -1.0)]
+    rows = [row | {"score_0": x, "score_1": y} for x, y in scores]
+    rows = rows_of_user_file("webgpt.py:webgpt", "FILE", rows, monkeypatch, tmp_path)
+    assert [row["response"] for row in rows] == ["a.", "b", "a."]
+    examples = [data.as_example(row) for row in rows]
+    assert [example.ranks for example in examples] == [[1, 1], [1, 2], [1, 2]]
+
+    row = next(user("calculator.py:sums")())
+    calculate = user("calculator.py:calculate")
+    assert calculate(row["response"], **row) == row["sum"] == str(eval(row["prompt"][:-1]))
+    assert calculate(row["sum"]) is None and calculate(row["response"][:-1]) is None
+    answers = [f" [1+2]<eos>{row['sum']}", f" {row['sum']}", "[1+2]12", f"1{row['sum']}"]
+    assert user("calculator.py:correct")(answers, [row["sum"]] * 4) == [1, 1, 0, 0]
+
+
+def test_the_tests_that_the_exercises_name_exist():
+    source = "".join(path.read_text() for path in HERE.glob("*.py"))
+    words = re.findall(r"pytest test_all.py -k (\w+)", (HERE / "recipes/README.md").read_text())
+    assert len(words) >= 4
+    for word in words:
+        assert re.search(rf"def test_\w*{word}", source), word
