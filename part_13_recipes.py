@@ -266,7 +266,7 @@ def test_countdown_and_gsm8k_judge_answers_exactly(monkeypatch, tmp_path):
     assert set(correct(columns["chosen"], **columns)) == {1.0}
     assert set(correct(columns["rejected"], **columns)) == {0.0}
     assert 40 <= sum(correct(columns["response"], **columns)) <= 60
-    right = ["(1+2)*8", " ( 1 + 2 ) * 8 = 24", "8*(1+2)\n", "8/(1/(2+1))", "8*(1+2)" + " " * 999]
+    right = ["(1+2)*8", " ( 1 + 2 ) * 8 = 24", "8*(1+2)\n", "8*(1+2)" + " " * 999]
     wrong = ["8*2+8", "(1+2)*8=23", "(1+2)*8=", "24", "", "=24", "8*(1+2", "8**1+2", "48//2", "1/0",
              "9**9**9**9", "8*(1+2)#", "0x8*(1+2)", "8_0", "\u0668*(1+2)", "(" * 90 + "8" + ")" * 9,
              "__import__('os')", "8" * 9999, "8*(1+2.0)"]
