@@ -6,6 +6,8 @@ from prelude import long, some
 import importlib.util
 import math
 import re
+from types import SimpleNamespace
+from unittest import mock
 
 CORE = [f"{name}.py" for name in "sft reward ppo data utils hybrid_engine kernels".split()]
 RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.diff"))}
@@ -13,6 +15,10 @@ RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.diff"))
 
 def git(*args, cwd=HERE):
     return subprocess.run(["git", *map(str, args)], cwd=cwd, capture_output=True, text=True)
+
+
+def user(name):
+    return data.load_function(str(HERE / "recipes" / name))
 
 
 @pytest.fixture(scope="session")
@@ -55,17 +61,13 @@ def batch_with_holes(module, B=12, A=7):
     answer_lens = torch.randint(3, A + 1, (B,), generator=g)
     mask = (torch.rand(B, A, generator=g) < 0.8) & (torch.arange(A) < answer_lens[:, None])
     mask[:, 0] = True
+    ids = [[2, 2, 1, 1, 1, 2, 2][:n] for n in answer_lens]
     old, ref, sample, values = [torch.randn(B, A, generator=g) * mask for _ in range(4)]
     return module.Batch(
         tokens=torch.zeros(B, A + 2).long(), prompt_lens=torch.full((B,), 2), mask=mask,
         answer_lens=answer_lens, finished=torch.rand(B, generator=g) < 0.7, sample_logprobs=sample,
         old_logprobs=old, ref_logprobs=ref, values=values, total=torch.zeros(B), kl=torch.zeros(B),
-        scores={"rule": torch.randn(B, generator=g)}, columns={"answer_lens": answer_lens.tolist()})
-
-
-def odd_columns(answer_lens):
-    """A process reward: 1 for each odd token."""
-    return [[float(t % 2) for t in range(n)] for n in answer_lens]
+        scores={"rule": torch.randn(B, generator=g)}, columns={"completion_ids": ids})
 
 
 def seen_of_row(name, batch, i):
@@ -78,7 +80,7 @@ def seen_of_row(name, batch, i):
     rewards = (-kl_coef * (batch.old_logprobs - batch.ref_logprobs))[i, columns].tolist()
     rewards[-1] += score
     if name == "process-reward":
-        rewards = [r + t % 2 for r, t in zip(rewards, columns)]
+        rewards = [r - (t in (1, 3, 4, 6)) for r, t in zip(rewards, columns)]
     return score, rewards, batch.values[i, columns].tolist()
 
 
@@ -95,7 +97,7 @@ def advantages_of_row(name, rows, i):
         return [(score - np.mean(scores)) / std] * n
     lam = 1 - 1 / n if name in ("two-lambdas", "sao") else 0.95
     errors = [r + after - v for r, v, after in zip(rewards, values, [*values[1:], 0.0])]
-    if name in ("reinforce++", "returns"):
+    if name == "reinforce++":
         lam, errors = 1.0, rewards
     return [sum(lam ** (m - k) * errors[m] for m in range(k, n)) for k in range(n)]
 
@@ -107,18 +109,20 @@ def test_the_advantages_of_a_recipe_are_those_of_a_loop_over_tokens(name, recipe
     module = recipe(name)
     batch = batch_with_holes(module)
     if name == "process-reward":
-        batch.process = module.process_rewards(odd_columns, batch)
+        batch.process = module.process_rewards(user("repetition.py:repetition"), batch)
     scorers = [module.Scorer("rule", "rule", 1.0, function=len, mean=0.5, std=2.0)]
     cfg = module.Config(answers_per_prompt=4, kl_coef=0.3)
     module.estimate_advantages(batch, scorers, cfg)
     rows = [seen_of_row(name, batch, i) for i in range(len(batch.mask))]
-    zeros = torch.zeros_like(batch.advantages)
-    flat = [advantages_of_row(name, rows, i) for i in range(len(rows))]
-    expected = zeros.masked_scatter(batch.mask, torch.tensor(sum(flat, [])).float())
+
+    def second_version(name):
+        flat = sum([advantages_of_row(name, rows, i) for i in range(len(rows))], [])
+        return torch.zeros(batch.mask.shape).masked_scatter(batch.mask, torch.tensor(flat).float())
+
     if name in ("two-lambdas", "sao"):  # the critic's lambda is 1
-        flat = [advantages_of_row("returns", rows, i) for i in range(len(rows))]
-        returns = zeros.masked_scatter(batch.mask, torch.tensor(sum(flat, [])).float())
-        torch.testing.assert_close(batch.returns, returns, rtol=1e-4, atol=1e-4)
+        to_go = second_version("reinforce++")
+        torch.testing.assert_close(batch.returns, to_go, rtol=1e-4, atol=1e-4)
+    expected = second_version(name)
     if name not in ("grpo", "drgrpo", "gspo", "break-whitening"):
         inside = expected[batch.mask]
         expected = (expected - inside.mean()) / inside.std(correction=0) * batch.mask
@@ -169,17 +173,10 @@ def test_the_loss_of_a_recipe_is_that_of_a_loop_over_tokens(name, recipe):
 # ---- runs ----
 
 
-class TwoRows:
-    """What rollout() asks of Rows."""
-    prompts = [np.array([65, 66, 67]), np.array([68, 69])]
-    fields = [{"n": 2}, {"n": 3}]
-
-    def columns(self, indices):
-        return {"n": [self.fields[i]["n"] for i in indices]}
-
-
 def test_a_tools_words_are_holes_and_the_policy_goes_on_behind_them(recipe, tok, tmp_path):
     utils.init_distributed(0)
+    rows = SimpleNamespace(prompts=[np.array([65, 66, 67]), np.array([68, 69])],
+                           fields=[{"n": 2}, {"n": 3}], columns=lambda indices: {})
     tool = "def reply(answer, n):\n    return None if len(answer) % n == 0 else 'ABC'[:n]\n"
     (tmp_path / "tool.py").write_text(tool)
     lm = model_of("llama")
@@ -187,12 +184,11 @@ def test_a_tools_words_are_holes_and_the_policy_goes_on_behind_them(recipe, tok,
     module = recipe("tool-use")
     cfg = module.Config(max_new_tokens=6, respond=f"{tmp_path}/tool.py:reply")
     ends = list(range(0, 97, 3))  # so that a third of the tokens end an answer
-    seeds = [hash((3, i)) for i in range(16)]
-    batch = module.rollout(sampler, TwoRows(), np.array([0, 1] * 8), seeds, cfg, tok, ends)
+    seeds = [hash((3, i)) for i in range(12)]
+    batch = module.rollout(sampler, rows, np.array([0, 1] * 6), seeds, cfg, tok, ends)
     replies = 0
     for i, seed in enumerate(seeds):  # the second version: one row alone, turn after turn
-        prompt = TwoRows.prompts[i % 2].tolist()
-        n = TwoRows.fields[i % 2]["n"]
+        prompt, n = rows.prompts[i % 2].tolist(), rows.fields[i % 2]["n"]
         answer, sampled = [], []
         for turn in range(3):
             out = sampler.generate([prompt + answer], 6, eos_token_id=ends, seed=[seed])
@@ -208,7 +204,7 @@ def test_a_tools_words_are_holes_and_the_policy_goes_on_behind_them(recipe, tok,
         assert batch.mask[i].tolist() == sampled + [False] * (batch.mask.size(1) - N)
         expected = plain_logprobs(lm, prompt + answer, len(prompt)) * torch.tensor(sampled)
         assert batch.sample_logprobs[i, :N].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
-    assert replies > 5
+    assert replies > 3
 
 
 @long
@@ -219,30 +215,18 @@ def test_a_recipe_trains_and_changes_what_is_learned(name, recipe, chain, toy_fi
                  iterations=2, minibatches=2, max_new_tokens=8)
     [words] = re.findall(r"^Flags: (.*)", RECIPES[name].read_text(), re.M) or [""]
     for flag, value in re.findall(r"--(\S+) (\S+)", words):
-        flag = flag.replace("-", "_")
-        flags[flag] = type(getattr(ppo.Config(), flag))(value)
+        flags[flag.replace("-", "_")] = float(value) if "." in value else int(value)
     plain = train(ppo, tmp_path / "plain", **flags)
-    if name == "process-reward":
-        (tmp_path / "user.py").write_text(
-            "def odd(completion_ids, **_):\n    return [[i % 2 for i in a] for a in completion_ids]")
-        flags["process_reward"] = f"{tmp_path}/user.py:odd"
-    critic_steps = []
-    critic_loss = module.critic_loss
-
-    def counted(*args):
-        critic_steps.append(1)
-        return critic_loss(*args)
-
-    module.critic_loss = counted
+    module.critic_loss = mock.Mock(side_effect=ppo.critic_loss)
     metrics = train(module, tmp_path / "run", **flags)
     assert all(math.isfinite(x) for row in metrics for x in row.values())
     has_critic = "critic = None" not in RECIPES[name].read_text()
-    assert len(critic_steps) == 4 * has_critic * (2 if name == "sao" else 1)
+    assert module.critic_loss.call_count == 4 * has_critic * (2 if name == "sao" else 1)
     assert ("critic_loss" in metrics[1]) == ("explained_variance" in metrics[1]) == has_critic
-    same = ("sampler-logprobs", "truncated-is", "tool-use")  # in fp32; and no toy answer has a call
+    # in fp32, without a ratio of 1.2 so early; and no answer to toy has a call
+    same = ("sampler-logprobs", "truncated-is", "clip-higher", "tool-use")
     what = "critic_loss" if name in ("sao", "adaptive-kl") else "eval_kl"
-    assert metrics[2][what] == pytest.approx(plain[2][what], rel=1e-4) or name not in same
-    assert metrics[2][what] != plain[2][what] or name in same
+    assert (metrics[2][what] == pytest.approx(plain[2][what], rel=1e-6)) == (name in same)
     if name == "sao":  # in its warm-up the actor is plain PPO's
         assert metrics[1]["entropy"] == pytest.approx(plain[1]["entropy"])
     if name == "dynamic-sampling":
@@ -254,13 +238,12 @@ def test_a_recipe_trains_and_changes_what_is_learned(name, recipe, chain, toy_fi
 # ---- user files ----
 
 
-def user(name):
-    return data.load_function(str(HERE / "recipes" / name))
+def judge(function, answers, *fields):
+    return function(answers, *[[field] * len(answers) for field in fields])
 
 
-def test_countdown_and_gsm8k_judge_answers_exactly(monkeypatch, tmp_path):
+def test_countdown_judges_answers_exactly_and_runs_nothing():
     rows = list(itertools.islice(user("countdown.py:countdown")(), 100))
-    assert rows == list(itertools.islice(user("countdown.py:countdown")(), 100))
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     correct = user("countdown.py:correct")
     assert set(correct(columns["chosen"], **columns)) == {1.0}
@@ -268,57 +251,46 @@ def test_countdown_and_gsm8k_judge_answers_exactly(monkeypatch, tmp_path):
     assert 40 <= sum(correct(columns["response"], **columns)) <= 60
     right = ["(1+2)*8", " ( 1 + 2 ) * 8 = 24", "8*(1+2)\n", "8*(1+2)" + " " * 999]
     wrong = ["8*2+8", "(1+2)*8=23", "(1+2)*8=", "24", "", "=24", "8*(1+2", "8**1+2", "48//2", "1/0",
-             "9**9**9**9", "8*(1+2)#", "0x8*(1+2)", "8_0", "\u0668*(1+2)", "(" * 90 + "8" + ")" * 9,
-             "__import__('os')", "8" * 9999, "8*(1+2.0)"]
-    both = right + wrong
-    scores = correct(both, [[8, 2, 1]] * len(both), [24] * len(both))
-    assert scores == [1.0] * len(right) + [0.0] * len(wrong)
-    assert correct(["1"], [None], [None]) == [None]
+             "9**9**9**9", "\u0668*(1+2)", "(" * 90 + "8" + ")" * 9, "8" * 9999, "8*(1+2.0)"]
+    assert judge(correct, right, [8, 2, 1], 24) == [1.0] * len(right)
+    assert judge(correct, wrong, [8, 2, 1], 24) == [0.0] * len(wrong)
+    assert judge(correct, ["8/(3-8/3)"], [8, 8, 3, 3], 24) == [1.0]
+    assert judge(correct, ["1"], None, None) == [None]
 
+
+def test_gsm8k_compares_the_last_numbers():
     correct = user("gsm8k.py:correct")
     right = ["#### 1,234", "It is 7, no, 1234.", "7, so $1,234", "1234.0", "#### 1234 of 5",
              "#### none, 1234", "1 and 1234 ####", "1244-10=1234", "2468/2-1234", "- 1234"]
     wrong = ["It is 1234, no, 7", "9" * 9000, "1234 or " + "9" * 9000, "-1234", "", "none", "12 34"]
-    both = right + wrong
-    scores = correct(both, ["He has <<2*617=1234>>1234.\n#### 1234"] * len(both))
-    assert scores == [1.0] * len(right) + [0.0] * len(wrong)
+    solution = "He has <<2*617=1234>>1234.\n#### 1234"
+    assert judge(correct, right, solution) == [1.0] * len(right)
+    assert judge(correct, wrong, solution) == [0.0] * len(wrong)
     assert correct(["so 42", "-0.5", "#### .5", "1"], [42, -0.5, 0.5, None]) == [1, 1, 1, None]
 
 
-def rows_of_user_file(name, constant, rows, monkeypatch, tmp_path):
-    generator = user(name)
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setitem(generator.__globals__, constant, path)
-    return list(generator())
+def test_user_files_read_rows_and_the_calculator_calculates(monkeypatch, tmp_path):
+    def rows_of(name, constant, *rows):
+        generator = user(name)
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+        monkeypatch.setitem(generator.__globals__, constant, path)
+        return list(generator())
 
-
-def test_gsm8k_shp_webgpt_and_the_calculator_give_rows(monkeypatch, tmp_path):
-    rows = [{"question": "?", "answer": "2*3=<<2*3=6>>6\n#### 6"}]
-    [row] = rows_of_user_file("gsm8k.py:gsm8k", "SOURCE", rows, monkeypatch, tmp_path)
-    assert row == {"prompt": "?", "response": "2*3=6\n#### 6", "solution": rows[0]["answer"]}
+    answer = "2*3=<<2*3=6>>6\n#### 6"
+    [row] = rows_of("gsm8k.py:gsm8k", "SOURCE", {"question": "?", "answer": answer})
+    assert row == {"prompt": "?", "response": "2*3=6\n#### 6", "solution": answer}
     row = {"history": "?", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 3.0}
-    rows = [row, row | {"labels": 0}, row | {"score_ratio": 1.5}]
-    rows = rows_of_user_file("shp.py:shp", "SOURCE", rows, monkeypatch, tmp_path)
+    rows = rows_of("shp.py:shp", "SOURCE", row, row | {"labels": 0}, row | {"score_ratio": 1.5})
     assert [row["chosen"] + row["rejected"] for row in rows] == ["ab", "ba"]
     row = {"question": {"full_text": "?"}, "answer_0": "a [1, 2].", "answer_1": "b[3]"}
-    scores = [(0.0, 0.0), (-1.0, 1.0), (1.0, -1.0)]
-    rows = [row | {"score_0": x, "score_1": y} for x, y in scores]
-    rows = rows_of_user_file("webgpt.py:webgpt", "FILE", rows, monkeypatch, tmp_path)
+    rows = [row | {"score_0": -x, "score_1": x} for x in (0.0, 1.0, -1.0)]
+    rows = rows_of("webgpt.py:webgpt", "FILE", *rows)
     assert [row["response"] for row in rows] == ["a.", "b", "a."]
-    examples = [data.as_example(row) for row in rows]
-    assert [example.ranks for example in examples] == [[1, 1], [1, 2], [1, 2]]
+    assert [data.as_example(row).ranks for row in rows] == [[1, 1], [1, 2], [1, 2]]
 
     row = next(user("calculator.py:sums")())
     calculate = user("calculator.py:calculate")
     assert calculate(row["response"], **row) == row["sum"] == str(eval(row["prompt"][:-1]))
     assert calculate(row["sum"]) is None and calculate(row["response"][:-1]) is None
     answers = [f" [1+2]<eos>{row['sum']}", f" {row['sum']}", "[1+2]12", f"1{row['sum']}"]
-    assert user("calculator.py:correct")(answers, [row["sum"]] * 4) == [1, 1, 0, 0]
-
-
-def test_the_tests_that_the_exercises_name_exist():
-    source = "".join(path.read_text() for path in HERE.glob("*.py"))
-    words = re.findall(r"pytest test_all.py -k (\w+)", (HERE / "recipes/README.md").read_text())
-    assert len(words) >= 4
-    for word in words:
-        assert re.search(rf"def test_\w*{word}", source), word
+    assert judge(user("calculator.py:correct"), answers, row["sum"]) == [1, 1, 0, 0]
