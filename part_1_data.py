@@ -397,7 +397,7 @@ def test_a_model_taught_to_say_ok_stops_in_plain_transformers(tmp_path, toks, sm
     tok.chat_template = PHI_JINJA.replace("eos_token", "''")
     tok.save_pretrained(model)
     lm = AutoModelForCausalLM.from_pretrained(small)
-    lm.resize_token_embeddings(len(tok))
+    lm.resize_token_embeddings(len(tok), mean_resizing=False)
     lm.config.eos_token_id = lm.generation_config.eos_token_id = 5  # no end of this tokenizer
     lm.save_pretrained(model)
     rows = [{"prompt": f"q {i}", "response": "ok"} for i in range(40)]
@@ -573,10 +573,11 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, tok, monkeypatch):
                                 {"function": {"name": "f", "arguments": {"a": 1, "b": None}}}]}]}
     call = data.as_example(data.without_nulls(unified)).response["tool_calls"][0]
     assert call == calls[1], "Arrow's fields of other rows are none of this call's"
-    (tmp_path / "t.txt").write_bytes(b"a\r\nb\r\n\r\n" * 40 + b"c\r\n\r\n")
-    texts = {tok.decode(ids) for part in all_ids(load_rows(tmp_path / "t.txt", tok, held_out=0.5))
-             for ids in part}
-    assert texts == {"<eos>a\nb<eos>", "<eos>c<eos>"}, "paragraphs, between two ends"
+    paragraphs = [f"line {i}\nand another" for i in range(40)]
+    (tmp_path / "t.txt").write_bytes("\r\n \r\n".join(paragraphs).encode())
+    ids = sum(all_ids(load_rows(tmp_path / "t.txt", tok)), [])
+    texts = [f"<eos>{text}<eos>" for text in paragraphs]
+    assert sorted(map(tok.decode, ids)) == sorted(texts), "paragraphs, between two ends"
     text = "\n".join(["prompt,response"] + [f"p {i},{'' if i % 2 else 'a'}" for i in range(40)])
     (tmp_path / "n.csv").write_text(text)
     assert sum(map(len, load_rows(tmp_path / "n.csv", tok))) == 20, "an empty cell is no answer"
@@ -642,8 +643,7 @@ def test_toy_has_the_ids_and_the_split_of_the_second_edition(tok):
     for row, (prompt, answers, merged) in zip(rows, encode_rows(tok, *rows)):
         assert not merged
         out.append([prompt, answers, data.as_example(row).hash])
-    assert rows[0] == {"prompt": "copy zut", "response": "zu", "chosen": "zut", "rejected": "tuz"} \
-        or rows[0]["prompt"] == "copy zut"
+    assert rows[0] == {"prompt": "copy zov", "response": "zv", "chosen": "zov", "rejected": "ovz"}
     assert out[0] == [[39, 84, 76, 64, 77, 25, 220, 66, 78, 79, 88, 220, 89, 78, 85, 198, 32, 82,
                        82, 72, 82, 83, 64, 77, 83, 25],
                       [[220, 89, 85, 256], [220, 89, 78, 85, 256], [220, 78, 85, 89, 256]],
