@@ -44,6 +44,9 @@ def test_the_optimizer_is_adam_with_its_two_decays_its_epsilon_and_gradients_of_
             p.data -= 1e-2 * m / (1 - 0.9**step) / (unbiased.sqrt() + 1e-3)
         backward(engine, scale)
         assert utils.step(engine)[0] == pytest.approx(norm.item(), rel=1e-4)
+        states = engine.basic_optimizer.state.values()
+        got = sum(state["exp_avg_sq"].sum().item() for state in states)
+        assert got == pytest.approx(sum(v.sum().item() for v in second), rel=1e-3)
     state = utils.whole_state_dict(engine.module.lm)
     for name, p in plain.lm.named_parameters():
         torch.testing.assert_close(state[name], p.data, rtol=1e-3, atol=1e-4)
@@ -76,28 +79,24 @@ def test_the_ema_is_that_of_the_float32_weights_and_the_model_comes_back_to_the_
     rng = torch.Generator().manual_seed(0)
     for _ in range(200):  # a random walk of the float32 weights, with a drift
         for p, w in zip(masters(engine), want):
-            p += 1e-4 * (torch.randn(p.shape, generator=rng) + 0.3)
+            p += 1e-3 * (torch.randn(p.shape, generator=rng) + 0.3)
             w.mul_(0.99).add_(0.01 * p.double())
         ema.update()
     for got, w in zip(ema.average, want):
         assert (got - w).norm() / w.norm() < 1e-5
-
-    def state():
-        model = [(p.ds_tensor if zero == 3 else p).detach() for p in engine.trained_params]
-        return [x.clone() for x in (*masters(engine), *ema.average, *model)]
-
-    with ema.in_place():
-        pass  # the model follows the walk, which no optimizer step has told it
-    before = state()
+    before = [x.clone() for x in (*masters(engine), *ema.average)]
     with ema.in_place():
         utils.save_model(lm, tok, [257], tmp_path)
-    assert all(torch.equal(x, y) for x, y in zip(before, state(), strict=True))
-    size = lm.config.n_embd
-    saved = load_lm(tmp_path).transformer.ln_f.weight.detach().double()
-    averages = torch.cat([w.flatten() for w in want])
-    i = sum(x.numel() for x in want) - 2 * size  # the last two of the trained parameters
-    assert engine.trained_params[-2] is lm.transformer.ln_f.weight
-    torch.testing.assert_close(saved, averages[i : i + size], rtol=0.01, atol=1e-4)
+    after = [*masters(engine), *ema.average]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    end = sum(p.ds_numel if zero == 3 else p.numel() for p in engine.trained_params)
+    last = slice(end - 64, end)  # the trained parameters end with this one
+    name = "transformer.ln_f.bias"
+    average = torch.cat([w.flatten() for w in want])[last]
+    weight = torch.cat([p.flatten() for p in masters(engine)])[last]
+    saved = load_lm(tmp_path).state_dict()[name].double()
+    assert (saved - average).norm() < 0.05 * (weight - average).norm(), "the average is saved"
+    assert torch.equal(utils.whole_state_dict(lm)[name], weight.to(lm.dtype)), "and put back"
     assert utils.EMA(engine, 0).average == [], "decay 0: no copy"
 
 
