@@ -43,6 +43,14 @@ def die_at(last):
     return at_step
 
 
+def send_at(number, last):
+    def at_step(step):
+        if step == last:
+            os.kill(os.getpid(), number)
+            utils.skipped["total"] += 2
+    return at_step
+
+
 def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -124,13 +132,6 @@ def test_ten_checkpoints_are_written_two_are_kept_and_a_signal_ends_a_run_with_o
 
     assert utils.skipped["total"] == 0
 
-    def send_at(number, last):
-        def at_step(step):
-            if step == last:
-                os.kill(os.getpid(), number)
-                utils.skipped["total"] += 2
-        return at_step
-
     for number in (signal.SIGTERM, signal.SIGINT):
         out = tmp_path / str(number)
         with pytest.raises(utils.UserError, match="stopped after step 13; go on with .* --resume"):
@@ -140,6 +141,20 @@ def test_ten_checkpoints_are_written_two_are_kept_and_a_signal_ends_a_run_with_o
         assert utils.skipped["total"] == 4
         assert results(out) == results(tmp_path / "whole")
     assert "--resume: goes on after step 13 of 30" in capsys.readouterr().out
+
+
+def stop_one_rank(out):
+    """A signal to rank 1 alone. Returns what this rank says at its end."""
+    rank = int(os.environ["RANK"])
+    with pytest.raises(utils.UserError) as error:
+        short_run(out, zero=2, at_step=send_at(signal.SIGTERM, 3 if rank else None))
+    return str(error.value)
+
+
+def test_a_signal_to_one_rank_ends_all_of_them_after_the_same_step(two, tmp_path):
+    said = two(stop_one_rank, str(tmp_path))
+    assert said == ["stopped after step 3; go on with the same command and --resume"] * 2
+    assert (tmp_path / "checkpoint/3/ema-1.pt").exists()
 
 
 def test_a_folder_is_claimed_by_one_run_and_goes_on_only_as_it_began(tmp_path, monkeypatch):
@@ -186,6 +201,7 @@ def test_a_tracker_gets_what_the_log_gets_and_a_missing_one_is_said(tmp_path, mo
         "def init(**kwargs): calls.append(kwargs)\n"
         "def log(row, step): calls.append((step, row))\n"
         "def finish(): calls.append('finish')\n")
+    utils.init_distributed(0)
     cfg = sft.Config(out=str(tmp_path / "a"), track="wandb")
     if not utils.importlib.util.find_spec("wandb"):
         with pytest.raises(utils.UserError, match="--track wandb: pip install wandb"):
