@@ -6,15 +6,18 @@ Dimension key:  B batch, P prompt, A answer, T = P + A, V vocabulary.
 import contextlib
 import itertools
 import json
+import math
 import os
-import queue
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import traceback
+from multiprocessing import connection
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,40 +53,38 @@ def some(few, all_of_them):
 # -----------------------------------------------------------------------------
 # tiny models of every family
 
-KINDS = (
-    "llama", "llama3 rope", "yarn", "mistral", "qwen2", "qwen3", "opt", "opt-350m", "gpt2",
-    "gpt_neox", "gpt_neox sequential", "bloom",
-)
+KINDS = ("llama", "llama3 rope", "yarn", "mistral", "qwen2", "qwen3", "opt", "opt-350m", "gpt2",
+         "gpt_neox", "gpt_neox sequential", "bloom")
 
 
 def tiny_config(kind, **more):
     """The config of a small model of each kind, with a vocabulary of 97."""
-    import transformers as t
+    import transformers
 
     size = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
                 max_position_embeddings=512)
     llama = dict(size, intermediate_size=100, num_key_value_heads=2)
-    scaled = dict(rope_theta=1e4, factor=8.0, original_max_position_embeddings=64)
-    llama3 = dict(scaled, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
-    config = {
-        "llama": lambda: t.LlamaConfig(**llama),
-        "llama3 rope": lambda: t.LlamaConfig(**llama, rope_parameters=llama3),
-        "yarn": lambda: t.LlamaConfig(**llama, rope_parameters=dict(scaled, rope_type="yarn")),
-        "mistral": lambda: t.MistralConfig(**dict(llama, num_key_value_heads=1), sliding_window=20),
-        "qwen2": lambda: t.Qwen2Config(**llama, use_sliding_window=True, sliding_window=16,
-                                       max_window_layers=1),
-        "qwen3": lambda: t.Qwen3Config(**llama, head_dim=32),
-        "opt": lambda: t.OPTConfig(**size, ffn_dim=100, word_embed_proj_dim=64),
-        "opt-350m": lambda: t.OPTConfig(**size, ffn_dim=100, word_embed_proj_dim=32,
-                                        do_layer_norm_before=False),
-        "gpt2": lambda: t.GPT2Config(vocab_size=97, n_embd=64, n_layer=3, n_head=4,
-                                     n_positions=512),
-        "gpt_neox": lambda: t.GPTNeoXConfig(**size, intermediate_size=100, rotary_pct=0.25),
-        "gpt_neox sequential": lambda: t.GPTNeoXConfig(
-            **size, intermediate_size=100, rotary_pct=1.0, use_parallel_residual=False),
+    opt = dict(size, ffn_dim=100, word_embed_proj_dim=64)
+    neox = dict(size, intermediate_size=100, rotary_pct=0.25)
+    yarn = dict(rope_type="yarn", rope_theta=1e4, factor=8.0, original_max_position_embeddings=64)
+    llama3 = dict(yarn, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
+    window = dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    name, entries = {
+        "llama": ("Llama", llama),
+        "llama3 rope": ("Llama", dict(llama, rope_parameters=llama3)),
+        "yarn": ("Llama", dict(llama, rope_parameters=yarn)),
+        "mistral": ("Mistral", dict(llama, num_key_value_heads=1, sliding_window=20)),
+        "qwen2": ("Qwen2", dict(llama, **window)),
+        "qwen3": ("Qwen3", dict(llama, head_dim=32)),
+        "opt": ("OPT", opt),
+        "opt-350m": ("OPT", dict(opt, word_embed_proj_dim=32, do_layer_norm_before=False)),
+        "gpt2": ("GPT2", dict(vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=512)),
+        "gpt_neox": ("GPTNeoX", neox),
+        "gpt_neox sequential": ("GPTNeoX", dict(neox, rotary_pct=1.0, use_parallel_residual=False)),
         # 6 heads: the slopes of ALiBi have a second series past a power of two.
-        "bloom": lambda: t.BloomConfig(vocab_size=97, hidden_size=96, n_layer=3, n_head=6),
-    }[kind]()
+        "bloom": ("Bloom", dict(vocab_size=97, hidden_size=96, n_layer=3, n_head=6)),
+    }[kind]
+    config = getattr(transformers, name + "Config")(**entries)
     config.update(dict(eos_token_id=5, bos_token_id=1, pad_token_id=0) | more)
     return config
 
@@ -132,7 +133,7 @@ def plain_logprobs(lm, tokens, prompt_len, temperature=1.0):
 
 
 # -----------------------------------------------------------------------------
-# files, runs of scripts, rank processes
+# files, engines, runs of scripts
 
 
 def write_rows(path, rows):
@@ -145,86 +146,98 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def engine_of(lm=None, lr=1e-3, eps=1e-8, **flags):
+    """A DeepSpeed engine that trains a small policy, in this process."""
+    utils.init_distributed(0)
+    cfg = sft.Config(**{"dtype": "fp32", **flags})
+    lm = lm or model_of("llama").to(utils.dtype_of(cfg.dtype))
+    return utils.train_engine(sft.Policy(lm), lr, 2, 1, cfg, eps)
+
+
 def train(script, out, **flags):
     """Runs a script's main in this process; returns its metrics, one dict per step."""
     script.main(script.Config(out=str(out), **flags))
     return read_lines(Path(out) / "metrics.jsonl")
 
 
+def as_a_user():
+    """The environment without what a launcher of ranks has put there."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in launcher}
+
+
 def command(*args, stdin=None, cwd=HERE):
     """Runs Python as a user would; returns (exit code, what it printed)."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {k: v for k, v in os.environ.items() if k not in launcher}
     done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True,
-                          cwd=cwd, env=env, input=stdin)
+                          cwd=cwd, env=as_a_user(), input=stdin)
     return done.returncode, done.stdout + done.stderr
 
 
+# -----------------------------------------------------------------------------
+# two ranks
+
+
 def free_port():
-    """A port outside the range from which the system gives ports to whoever asks for any."""
-    while True:
-        port = random.SystemRandom().randrange(15_000, 32_000)
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            return port
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
-def serve_calls(rank, world, port, calls, answers):
+def serve_calls(rank, port, pipe):
     """What a rank process does: function after function, until it is killed."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     while True:
-        function, args, kwargs = calls.get()
+        function, args, kwargs = pipe.recv()
         try:
-            answers.put((rank, None, function(*args, **kwargs)))
+            pipe.send((None, function(*args, **kwargs)))
         except BaseException:
-            answers.put((rank, traceback.format_exc(), None))
+            pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
 
 
 class Ranks:
     """Two gloo ranks that are kept for the whole session, because a start of two processes costs
-    six seconds. two(function, ...) returns [result of rank 0, result of rank 1]. A function that
-    patches anything must put it back. After a failure or a timeout both are started anew."""
+    six seconds. two(function, ...) returns [result of rank 0, result of rank 1]; the function is
+    one of the top level, and puts back what it patches. After a failure or a timeout both are
+    started anew."""
 
     def __init__(self):
-        self.processes = []
+        self.ranks = {}  # pipe: process
 
     def start(self):
         spawn = mp.get_context("spawn")
-        self.answers = spawn.Queue()
-        self.calls = [spawn.Queue(), spawn.Queue()]
         port = free_port()
         for rank in range(2):
-            args = (rank, 2, port, self.calls[rank], self.answers)
-            self.processes.append(spawn.Process(target=serve_calls, args=args, daemon=True))
-            self.processes[-1].start()
+            pipe, end = spawn.Pipe()
+            process = spawn.Process(target=serve_calls, args=(rank, port, end), daemon=True)
+            process.start()
+            end.close()  # so that the pipe ends with the process
+            self.ranks[pipe] = process
 
     def stop(self):
-        for process in self.processes:
+        for process in self.ranks.values():
             process.kill()
-        self.processes = []
+        self.ranks = {}
 
     def __call__(self, function, *args, timeout=200, **kwargs):
-        if not self.processes:
+        if not self.ranks:
             self.start()
-        for calls in self.calls:
-            calls.put((function, args, kwargs))
+        for pipe in self.ranks:
+            pipe.send((function, args, kwargs))
         results = {}
-        deadline = time.time() + timeout
         while len(results) < 2:
-            try:
-                rank, error, result = self.answers.get(timeout=1)
-            except queue.Empty:
-                alive = all(process.is_alive() for process in self.processes)
-                if time.time() > deadline or not alive:
-                    self.stop()
-                    pytest.fail(f"{function.__name__}: a rank hangs or has died")
-                continue
+            error = "hangs"
+            for pipe in connection.wait(set(self.ranks) - set(results), timeout):
+                try:
+                    error, results[pipe] = pipe.recv()
+                except EOFError:
+                    error = "a rank has died"
+                if error:
+                    break
             if error:
                 self.stop()
-                pytest.fail(f"{function.__name__}, rank {rank}:\n{error}")
-            results[rank] = result
-        return [results[0], results[1]]
+                pytest.fail(f"{function.__name__}: {error}")
+        return [results[pipe] for pipe in self.ranks]
 
 
 @pytest.fixture(scope="session")
@@ -232,6 +245,10 @@ def two():
     ranks = Ranks()
     yield ranks
     ranks.stop()
+
+
+# -----------------------------------------------------------------------------
+# what is made once
 
 
 @pytest.fixture(scope="session")
@@ -276,15 +293,3 @@ def chain(small, toy_file, tmp_path_factory):
     runs["ppo"] = train(ppo, out / "ppo", reward=str(out / "reward"), iterations=3, minibatches=2,
                         ppo_epochs=2, max_new_tokens=8, actor_lr=3e-4, critic_lr=1e-3, **common)
     return {step: (str(out / step), metrics) for step, metrics in runs.items()}
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-HANDLERS = [signal.getsignal(number) for number in SIGNALS]
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A run leaves its handlers behind; Ctrl-C must go on ending pytest."""
-    yield
-    for number, handler in zip(SIGNALS, HANDLERS):
-        signal.signal(number, handler)
