@@ -78,16 +78,18 @@ class RequestEngine(HybridEngine):
         super().__init__(lm, max_batch=max_batch, max_len=max_len)
         self.share = share
         with torch.no_grad():
-            self.start([[0]] * max_batch, max_new_tokens=1, eos_token_id=ends)
-        self.waiting.clear()  # these prompts were there to make room
+            self.prepare(max_batch, max_len, ends)
+        self.waiting = deque()                                # rows
+        self.running = {}                                     # slot: row
         N = max_batch + max_waiting
         self.free_rows = list(range(N))
         self.prompts = [None] * N                             # of each row
         self.prompt_lens = np.zeros(N, dtype=np.int64)
-        self.limits = np.zeros(N, dtype=np.int64)             # tokens of prompt and longest answer
+        self.max_lens = np.zeros(N, dtype=np.int64)
         self.keys = np.zeros(N, dtype=np.int64)
         self.samplings = [None] * N                           # (temperature, top_k, top_p)
-        self.logits = torch.zeros(len(self.cache.slots), len(self.decoder.head), device=self.device)
+        shape = (len(self.cache.slots), len(self.decoder.ends.head))
+        self.logits = torch.zeros(shape, device=self.device)  # (S, V) the newest of each slot
 
     def free_memory(self):
         return self.share * super().free_memory()
@@ -98,7 +100,7 @@ class RequestEngine(HybridEngine):
         row = self.free_rows.pop()
         self.prompts[row] = np.asarray(prompt, dtype=np.int64)
         self.prompt_lens[row] = len(prompt)
-        self.limits[row] = len(prompt) + max_new_tokens
+        self.max_lens[row] = len(prompt) + max_new_tokens
         self.keys[row] = key
         self.samplings[row] = sampling
         self.waiting.append(row)
@@ -123,10 +125,7 @@ class RequestEngine(HybridEngine):
         if self.waiting and len(self.running) < len(self.cache.slots):
             before = set(self.running)
             self.admit()
-            new = [slot for slot in self.running if slot not in before]
-            limits = self.limits[[self.running[slot] for slot in new]]
-            self.cache.rows.max_lengths[self.tensor(new)] = self.tensor(limits)
-            news += self.choose(new)
+            news += self.choose([slot for slot in self.running if slot not in before])
         if self.running:
             self.close_gaps()
             n = self.step_size(max(self.running) + 1)
@@ -483,7 +482,7 @@ def load(name, cfg, share):
     from transformers import AutoModelForCausalLM
 
     tokenizer = utils.load_tokenizer(name)
-    lm = utils.load_model(AutoModelForCausalLM, name, utils.dtype_of(cfg.dtype))
+    lm = utils.load_model(AutoModelForCausalLM, name, utils.dtype_of(cfg.dtype), tokenizer)
     return Model(lm.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, share=share)
 
 
