@@ -420,8 +420,8 @@ def test_ppo_takes_the_steps_of_a_second_version(
         expected = second.iteration(number, token_rows(batch), texts)
         for name, value in expected.items():
             assert metrics[number][name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
-        assert expected["clip_frac"] > 0.05, "the clip has something to do"
-        assert expected["value_clip_frac"] > 0.05
+        assert expected["clip_frac"] > 0.02, "the clip has something to do"
+        assert expected["value_clip_frac"] > 0.02
     assert distance(actor.lm, second.actor, actor_start.lm) < 1e-4
     assert distance(critic.lm, second.critic.model, critic_start.lm) < 1e-4
     assert distance(lm_of(tmp_path / "ppo"), second.actor, actor_start.lm) < 1e-4
