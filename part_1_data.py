@@ -147,6 +147,8 @@ WHOLE = {  # name: (row, the messages before its answer, its answer)
               as_assistant("2", reasoning_content="add")),
     "no thought": ({"messages": ASK + [as_assistant("2", reasoning_content="", tool_calls=[])]},
                    ASK, as_assistant("2")),
+    "two ends": ({"prompt": "hi", "response": "a plum<eos>"}, [as_user("hi")],
+                 as_assistant("a plum")),
     "call": ({"messages": [as_user("weather?"), as_assistant(None, tool_calls=[CALL])]},
              [as_user("weather?")], as_assistant("", tool_calls=[PARSED])),
     "old call": ({"messages": [as_user("weather?"), as_assistant(
@@ -224,6 +226,7 @@ def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
         {"prompt": talk, **rest},
         {"messages": talk, **rest},
         {"messages": json.dumps(talk), **rest},
+        {"prompt": json.dumps(talk), "chosen": json.dumps(yes), "rejected": json.dumps(talk + no)},
         {"prompt": hh, **rest},
         {"prompt": hh.replace("\n", "\r\n"), **rest},
         {"prompt": hh, "chosen": " yes", "rejected": " no"},
@@ -290,6 +293,7 @@ QUOTE = "What next?\n\nHuman: hi\n\nAssistant: ho"
     ("{prompt}", WHOLE["space"][0], "Name a fruit:", " a plum"),
     ("{prompt}", {"prompt": "", "response": "x"}, "<eos>", "x"),
     ("{prompt}", {"prompt": "q\n", "response": "x<eos>"}, "q\n", "x"),
+    ("", {"prompt": "q", "response": "x<eos>"}, "Human: q\nAssistant:", " x"),
     ("", {"text": "x<eos>"}, "<eos>", "x"),
     ("", {"text": "<eos>x <eos> y"}, "<eos>", "x <eos> y"),
     ("{prompt}", {"messages": [as_user("x =\n"), as_assistant("  1\n")]}, "x =\n", "  1\n"),
@@ -427,7 +431,7 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
         {"messages": [as_user("q"), as_assistant("x", reasoning_content="\ud800")]},
         {"prompt": "q", "response": "x\ud800"},
         {"prompt": "q", "response": "a"})
-    reasons = ("in the middle", "no critics", "not write tool calls", "not write tools",
+    reasons = ("in the middle", "no critics", "not write tool_calls", "not write tools",
                "not write reasoning_content", "surrogates")
     for result, reason in zip(results, reasons):
         assert isinstance(result, Exception) and reason in str(result)
@@ -444,7 +448,7 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
 
 BAD_ROWS = [
     {"foo": "x"}, {"prompt": None}, {"text": None}, {"prompt": ["a"]}, {"messages": []}, [1, 2],
-    {"prompt": "q", "response": True}, {"prompt": "q", "response": 3}, {"messages": "not JSON"},
+    {"prompt": "q", "response": True}, {"prompt": "q", "response": 3}, {"messages": 3},
     {"messages": [as_user("q"), as_assistant(None)]},
     {"messages": [{"role": "user"}, as_assistant("x")]}, {"messages": [{"content": "a"}]},
     {"chosen": [as_user("q"), as_assistant("x")], "rejected": [as_user("p"), as_assistant("y")]},
