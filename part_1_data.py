@@ -480,7 +480,7 @@ def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, t
     said = capsys.readouterr().out
     for note in ("25 unusable", "the first unusable is row 4: ValueError", "1 over 512 tokens",
                  "['foo']", "1 without what this step reads", "reward functions alone: key",
-                 "1 with answers that repeat the prompt"):
+                 "1 that repeat the prompt"):
         assert note in said, said
     pairs = [{"prompt": f"p {i}", "chosen": "c", "rejected": "c" if i % 9 == 0 else "r"}
              for i in range(90)]
