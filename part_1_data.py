@@ -106,11 +106,20 @@ def ends_of(tok, config=None, generation_config=None):
 
 
 def encode_rows(tok, *rows):
-    """What data.encode gives of rows as they are in a file."""
-    examples = [data.as_example(row) for row in rows]
-    said = [[e.response, *e.answers] if e.response else [] for e in examples]
-    inputs = [(e.messages, answers, e.tools) for e, answers in zip(examples, said)]
-    return data.encode(inputs, tok, ends_of(tok))
+    """What data.encode gives of rows as they are in a file, but with all their answers."""
+    ends = ends_of(tok)
+    out = []
+    for row in rows:
+        example = data.as_example(row)
+        steps = ["sft"] if example.said else ["ppo"]
+        steps += ["reward"] if len(set(example.ranks)) > 1 else []
+        results = [data.encode([example], step, tok, ends)[0] for step in steps]
+        errors = [result for result in results if isinstance(result, Exception)]
+        if not errors:
+            prompt, _, merged = results[0]
+            errors = [(prompt, [ids for _, answers, _ in results for ids in answers], merged)]
+        out.append(errors[0])
+    return out
 
 
 def load_rows(path, tok, step="sft", split="", held_out=0.2, max_len=512):
@@ -147,8 +156,6 @@ WHOLE = {  # name: (row, the messages before its answer, its answer)
               as_assistant("2", reasoning_content="add")),
     "no thought": ({"messages": ASK + [as_assistant("2", reasoning_content="", tool_calls=[])]},
                    ASK, as_assistant("2")),
-    "two ends": ({"prompt": "hi", "response": "a plum<eos>"}, [as_user("hi")],
-                 as_assistant("a plum")),
     "call": ({"messages": [as_user("weather?"), as_assistant(None, tool_calls=[CALL])]},
              [as_user("weather?")], as_assistant("", tool_calls=[PARSED])),
     "old call": ({"messages": [as_user("weather?"), as_assistant(
@@ -226,7 +233,6 @@ def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
         {"prompt": talk, **rest},
         {"messages": talk, **rest},
         {"messages": json.dumps(talk), **rest},
-        {"prompt": json.dumps(talk), "chosen": json.dumps(yes), "rejected": json.dumps(talk + no)},
         {"prompt": hh, **rest},
         {"prompt": hh.replace("\n", "\r\n"), **rest},
         {"prompt": hh, "chosen": " yes", "rejected": " no"},
@@ -474,13 +480,11 @@ def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, t
     rows = [{"prompt": f"p {i}", "response": "x", "key": i} for i in range(100)]
     rows[3:3] = BAD_ROWS
     rows += [{"prompt": "p"}, {"prompt": "p", "response": "x" * 600}]
-    rows += [{"prompt": "Name one fruit.", "response": "Name one fruit. Plum."}]
     loaded = load_rows(write_rows(tmp_path / "a.jsonl", rows), tok)
-    assert sum(map(len, loaded)) == 101
+    assert sum(map(len, loaded)) == 100
     said = capsys.readouterr().out
     for note in ("25 unusable", "the first unusable is row 4: ValueError", "1 over 512 tokens",
-                 "['foo']", "1 without what this step reads", "reward functions alone: key",
-                 "1 that repeat the prompt"):
+                 "['foo']", "1 without what this step reads", "reward functions alone: key"):
         assert note in said, said
     pairs = [{"prompt": f"p {i}", "chosen": "c", "rejected": "c" if i % 9 == 0 else "r"}
              for i in range(90)]
@@ -506,9 +510,9 @@ def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, t
 def test_a_ranking_is_its_answers_best_first_and_ties_share_a_rank(row, response, ranked):
     example = data.as_example({"prompt": "p", "key": 7, **row})
     assert example.messages == [as_user("p")] and example.fields["key"] == 7
-    assert (example.response or {"content": None})["content"] == response
-    answers = [answer["content"] for answer in example.answers]
-    assert list(zip(answers, example.ranks, strict=True)) == ranked
+    said = [answer["content"] for answer in example.said]
+    assert said[:1] == ([] if response is None else [response])
+    assert list(zip(said[-len(example.ranks) :], example.ranks)) == ranked
     loaded = data.Rows()
     arrays = encode_rows(utils.load_tokenizer("tiny"), {"prompt": "p", **row})[0][1]
     loaded.add([1, 2], arrays, example.ranks, example.fields, 0)
@@ -575,7 +579,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, tok, monkeypatch):
     unified = {"messages": [{"role": "user", "content": "q", "tool_calls": None},
                             {"role": "assistant", "content": None, "tool_calls": [
                                 {"function": {"name": "f", "arguments": {"a": 1, "b": None}}}]}]}
-    call = data.as_example(data.without_nulls(unified)).response["tool_calls"][0]
+    call = data.as_example(data.without_nulls(unified)).said[0]["tool_calls"][0]
     assert call == calls[1], "Arrow's fields of other rows are none of this call's"
     paragraphs = [f"line {i}\nand another" for i in range(40)]
     (tmp_path / "t.txt").write_bytes("\r\n \r\n".join(paragraphs).encode())
