@@ -20,6 +20,8 @@ def short_run(out, total=6, at_step=lambda step: None, digest="rows", **flags):
     columns = {"loss": ".3f"}
     run = utils.Run(cfg, total, columns, ema=ema, digest=digest, engine=engine, critic=None)
     start, state = run.restore()
+    if start == 0:
+        run.write(0, [{"eval_score": 1.0}])
     for step in range(start + 1, total + 1):
         at_step(step)
         tokens = torch.tensor(ragged([12, 12], seed=step))
@@ -38,6 +40,14 @@ def die_at(last):
     def at_step(step):
         if step == last:
             raise Killed
+    return at_step
+
+
+def send_at(number, last):
+    def at_step(step):
+        if step == last:
+            os.kill(os.getpid(), number)
+            utils.skipped["total"] += 2
     return at_step
 
 
@@ -68,7 +78,7 @@ def test_a_run_goes_on_with_weights_moments_and_ema_to_the_bit(dtype, zero, tmp_
     assert resumed[:2] == (3, {"note": "after 3"})
     assert equal(resumed[2], whole[2])
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
-    assert "nan" not in read_lines(tmp_path / "whole/metrics.jsonl")[0]
+    assert "nan" not in read_lines(tmp_path / "whole/metrics.jsonl")[-1]
     assert not (tmp_path / "parts/checkpoint").exists()
 
 
@@ -112,6 +122,7 @@ def test_ten_checkpoints_are_written_two_are_kept_and_a_signal_ends_a_run_with_o
         seen.append(sorted(int(p.name) for p in folder.glob("*")))
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    utils.skipped.update(total=7)  # of another run of this process
     whole = short_run(tmp_path / "whole", total=30, at_step=look)
     steps = sorted({step for steps in seen for step in steps})
     assert steps == list(range(3, 30, 3)), "none at the end, where the result is saved"
@@ -119,19 +130,32 @@ def test_ten_checkpoints_are_written_two_are_kept_and_a_signal_ends_a_run_with_o
     after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert after == before, "a finished run takes its handlers back"
 
-    def send_at(number, at):
-        return lambda step: os.kill(os.getpid(), number) if step == at else None
+    assert utils.skipped["total"] == 0
 
     for number in (signal.SIGTERM, signal.SIGINT):
         out = tmp_path / str(number)
         with pytest.raises(utils.UserError, match="stopped after step 13; go on with .* --resume"):
             short_run(out, total=30, at_step=send_at(number, 13))
-        utils.skipped.update(total=7)  # of another run of this process
         start, _, end = short_run(out, total=30, resume=True, at_step=send_at(number, 30))
         assert start == 13 and equal(end, whole[2]), "a signal in the last step changes nothing"
-        assert utils.skipped["total"] == 0
+        assert utils.skipped["total"] == 4
         assert results(out) == results(tmp_path / "whole")
     assert "--resume: goes on after step 13 of 30" in capsys.readouterr().out
+
+
+def stop_one_rank(out):
+    """A signal to rank 1 alone. Returns what this rank says at its end."""
+    rank = int(os.environ["RANK"])
+    with pytest.raises(utils.UserError) as error:
+        short_run(out, zero=2, at_step=send_at(signal.SIGTERM, 3 if rank else None))
+    return str(error.value)
+
+
+def test_a_signal_to_one_rank_ends_all_of_them_after_the_same_step(two, tmp_path):
+    said = two(stop_one_rank, str(tmp_path))
+    assert said == ["stopped after step 3; go on with the same command and --resume"] * 2
+    with pytest.raises(utils.UserError, match="was written by 2 ranks.*start as many"):
+        short_run(tmp_path, zero=2, resume=True)
 
 
 def test_a_folder_is_claimed_by_one_run_and_goes_on_only_as_it_began(tmp_path, monkeypatch):
@@ -156,38 +180,26 @@ def test_a_folder_is_claimed_by_one_run_and_goes_on_only_as_it_began(tmp_path, m
         short_run(out, at_step=die_at(4), resume=True, micro_batch=2)  # these may change
     monkeypatch.undo()
     short_run(out, resume=True)
+    assert [row["step"] for row in read_lines(out / "metrics.jsonl")] == list(range(7))
     refused("holds a finished run")
     refused("holds a finished run", resume=True)
     model_of("llama").save_pretrained(tmp_path / "model")
     refused("holds a run or a model", path=tmp_path / "model", resume=True)
-    with pytest.raises(Killed):
-        short_run(tmp_path / "sharded", at_step=die_at(3), zero=2)
-    monkeypatch.setattr(dist, "get_world_size", lambda *args, **kwargs: 2)
-    engine = engine_of()
-    cfg = sft.Config(out=str(tmp_path / "sharded"), resume=True)
-    run = utils.Run(cfg, 6, {}, digest="rows", engine=engine)
-    run.sharded = True
-    with pytest.raises(utils.UserError, match="was written by 1 ranks.*start as many"):
-        run.restore()
 
 
 def test_a_tracker_gets_what_the_log_gets_and_a_missing_one_is_said(tmp_path, monkeypatch):
-    (tmp_path / "wandb.py").write_text(
+    (tmp_path / "stub.py").write_text(
         "calls = []\n"
-        "def init(**kwargs): calls.append(kwargs)\n"
-        "def log(row, step): calls.append((step, row))\n"
+        "def init(**kwargs): calls.append(kwargs['config']['track'])\n"
+        "def log(row, step): calls.append({'step': step, **row})\n"
         "def finish(): calls.append('finish')\n")
-    cfg = sft.Config(out=str(tmp_path / "a"), track="wandb")
-    if not utils.importlib.util.find_spec("wandb"):
-        with pytest.raises(utils.UserError, match="--track wandb: pip install wandb"):
-            utils.claim_folder(cfg)
     monkeypatch.syspath_prepend(tmp_path)
-    short_run(tmp_path / "a", total=2, track="wandb")
-    import wandb
+    short_run(tmp_path / "a", total=2, track="stub")
+    import stub
 
-    rows = [(row.pop("step"), row) for row in read_lines(tmp_path / "a/metrics.jsonl")]
-    assert wandb.calls[0]["config"]["track"] == "wandb"
-    assert wandb.calls[1:] == [*rows, "finish"]
+    assert stub.calls == ["stub", *read_lines(tmp_path / "a/metrics.jsonl"), "finish"]
+    with pytest.raises(utils.UserError, match="--track no_such_package: pip install"):
+        short_run(tmp_path / "b", track="no_such_package")
 
 
 # ---- the scripts

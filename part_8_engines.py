@@ -2,7 +2,7 @@ from prelude import *
 from prelude import long, some
 
 # -----------------------------------------------------------------------------
-# 8. DeepSpeed engines, optimizer steps, EMA, what ranks say to each other
+# 8. DeepSpeed engines, optimizer steps, EMA
 # -----------------------------------------------------------------------------
 
 
@@ -44,6 +44,9 @@ def test_the_optimizer_is_adam_with_its_two_decays_its_epsilon_and_gradients_of_
             p.data -= 1e-2 * m / (1 - 0.9**step) / (unbiased.sqrt() + 1e-3)
         backward(engine, scale)
         assert utils.step(engine)[0] == pytest.approx(norm.item(), rel=1e-4)
+        states = engine.basic_optimizer.state.values()
+        got = sum(state["exp_avg_sq"].sum().item() for state in states)
+        assert got == pytest.approx(sum(v.sum().item() for v in second), rel=1e-3)
     state = utils.whole_state_dict(engine.module.lm)
     for name, p in plain.lm.named_parameters():
         torch.testing.assert_close(state[name], p.data, rtol=1e-3, atol=1e-4)
@@ -66,77 +69,70 @@ def test_in_bfloat16_a_first_step_is_whole_and_gradients_are_added_in_float32(ze
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype, zero", [("fp32", 0), ("bf16", 2), ("bf16", 3)])
-def test_the_ema_is_that_of_the_float32_weights_and_the_model_comes_back_to_the_bit(
-        dtype, zero, tmp_path, tok):
+def follow_a_walk(dtype, zero, out):
+    """An EMA follows a random walk of the float32 weights, with a drift; then it is saved."""
     lm = model_of("gpt2", vocab_size=258)
     engine = engine_of(lm, dtype=dtype, zero=zero)
     ema = utils.EMA(engine, 0.99)
     want = [p.double() for p in masters(engine)]
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(200):  # a random walk of the float32 weights, with a drift
+    rng = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(200):
         for p, w in zip(masters(engine), want):
-            p += 1e-4 * (torch.randn(p.shape, generator=rng) + 0.3)
+            p += 1e-3 * (torch.randn(p.shape, generator=rng) + 0.3)
             w.mul_(0.99).add_(0.01 * p.double())
         ema.update()
     for got, w in zip(ema.average, want):
         assert (got - w).norm() / w.norm() < 1e-5
-
-    def state():
-        model = [(p.ds_tensor if zero == 3 else p).detach() for p in engine.trained_params]
-        return [x.clone() for x in (*masters(engine), *ema.average, *model)]
-
+    before = [x.clone() for x in (*masters(engine), *ema.average)]
     with ema.in_place():
-        pass  # the model follows the walk, which no optimizer step has told it
-    before = state()
-    with ema.in_place():
-        utils.save_model(lm, tok, [257], tmp_path)
-    assert all(torch.equal(x, y) for x, y in zip(before, state(), strict=True))
-    size = lm.config.n_embd
-    saved = load_lm(tmp_path).transformer.ln_f.weight.detach().double()
-    averages = torch.cat([w.flatten() for w in want])
-    i = sum(x.numel() for x in want) - 2 * size  # the last two of the trained parameters
-    assert engine.trained_params[-2] is lm.transformer.ln_f.weight
-    torch.testing.assert_close(saved, averages[i : i + size], rtol=0.01, atol=1e-4)
+        utils.save_model(lm, utils.load_tokenizer("tiny"), [257], out)
+    after = [*masters(engine), *ema.average]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    # The trained parameters end with this one; under ZeRO-3 each rank has its share of it.
+    name = "transformer.ln_f.bias"
+    shards = [p.ds_tensor if zero == 3 else p for p in engine.trained_params]
+    n = shards[-1].numel()
+    end = sum(shard.numel() for shard in shards)
+    mine = slice(dist.get_rank() * n, dist.get_rank() * n + n)
+    average = torch.cat([w.flatten() for w in want])[end - n : end]
+    weight = torch.cat([p.flatten() for p in masters(engine)])[end - n : end]
+    saved = load_lm(out).state_dict()[name].double()[mine]
+    assert (saved - average).norm() < 0.05 * (weight - average).norm(), "the average is saved"
+    state = utils.whole_state_dict(lm)  # empty on rank 1
+    assert not state or torch.equal(state[name][mine], weight.to(lm.dtype)), "and put back"
     assert utils.EMA(engine, 0).average == [], "decay 0: no copy"
 
 
-def poison_one_engine(zero):
-    """Two engines, of which the second has a gradient of NaN on the last rank at the second step.
-    Returns which of them moved at each step, what the steps returned, and the sentence after more
-    such steps in a row."""
+@pytest.mark.parametrize("world, dtype, zero", [(1, "fp32", 0), (1, "bf16", 2), (2, "bf16", 3)])
+def test_the_ema_is_that_of_the_float32_weights_and_the_model_comes_back_to_the_bit(
+        world, dtype, zero, two, tmp_path):
+    if world == 1:
+        follow_a_walk(dtype, zero, str(tmp_path))
+    else:
+        two(follow_a_walk, dtype, zero, str(tmp_path))
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_step_that_is_not_finite_is_taken_by_no_engine_and_five_in_a_row_end_the_run(zero):
     engines = [engine_of(zero=zero), engine_of(zero=zero)]
-    last_rank = dist.get_rank() == dist.get_world_size() - 1
-    moved, norms = [], []
     utils.skipped.update(total=0, in_a_row=0)
 
     def one_step(is_bad):
+        before = [torch.cat([p.flatten() for p in masters(e)]) for e in engines]
         for engine in engines:
-            backward(engine, math.nan if is_bad and last_rank and engine is engines[1] else 1.0)
-        return utils.step(*engines)
+            backward(engine, math.nan if is_bad and engine is engines[1] else 1.0)
+        norms = utils.step(*engines)
+        after = [torch.cat([p.flatten() for p in masters(e)]) for e in engines]
+        moved = [not torch.equal(x, y) for x, y in zip(before, after)]
+        assert moved == [norm is not None for norm in norms]
+        return moved
 
-    for step in range(3):
-        before = [utils.whole_state_dict(e.module.lm) for e in engines]
-        norms.append(one_step(is_bad=step == 1))
-        after = [utils.whole_state_dict(e.module.lm) for e in engines]
-        moved.append([any(not torch.equal(x[k], y[k]) for k in x) for x, y in zip(before, after)])
+    assert [one_step(bad) for bad in (False, True, False)] == [[True] * 2, [False] * 2, [True] * 2]
     assert utils.skipped == {"total": 1, "in_a_row": 0}
     for _ in range(utils.PATIENCE - 1):
-        assert one_step(is_bad=True) == [None, None]
-    with pytest.raises(utils.UserError) as error:
+        assert one_step(is_bad=True) == [False, False]
+    with pytest.raises(utils.UserError, match="5 steps in a row .*lower --lr"):
         one_step(is_bad=True)
-    return moved, norms, str(error.value)
-
-
-@pytest.mark.parametrize("world, zero", [(1, 0), (1, 3), (2, 2)])
-def test_a_gradient_that_is_not_finite_on_one_rank_keeps_all_engines_from_stepping(
-        world, zero, two):
-    results = [poison_one_engine(zero)] if world == 1 else two(poison_one_engine, zero)
-    for rank, (moved, norms, advice) in enumerate(results):
-        if rank == 0:  # it gathers the weights
-            assert moved == [[True, True], [False, False], [True, True]]
-        assert norms[1] == [None, None] and None not in norms[0] + norms[2]
-        assert "5 steps in a row" in advice and "lower --lr" in advice
 
 
 @pytest.mark.parametrize("zero", [0, 3])
@@ -186,42 +182,3 @@ def test_offloaded_frozen_models_are_on_the_device_only_while_they_are_needed():
     with pytest.raises(KeyError), utils.on_device(meta, Model(2, 2), None):
         raise KeyError
     assert Model.sent_to[2:] == [meta, "cpu"], "there, and back whatever happens"
-
-
-def what_ranks_say():
-    utils.init_distributed(0)
-    rank = dist.get_rank()
-    rows = torch.arange(10)[:, None] * torch.ones(1, 3)                             # (10, 3)
-    mine = rows[:5][rank::2, : 2 + rank]  # 3 rows of 2, 2 rows of 3
-    gathered = utils.gather_rows(mine)
-    total = utils.sum_over_ranks(0.1 + rank, "cpu")
-    indices = np.array([4, 7, 2, 9, 5])
-    lengths = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
-    seen = []
-
-    def forward(part):
-        seen.append(len(part))
-        return rows[part, :2]
-
-    answers = utils.forward_in_micro_batches(forward, indices, lengths, 2)
-    shares = utils.split_micro_batches(indices, lengths, 2)
-    try:
-        utils.on_rank0(utils.load, int, "out/nowhere")
-    except utils.UserError as error:
-        said = str(error)
-    with pytest.raises(utils.UserError, match="3 rows cannot be divided by 2 ranks"):
-        utils.micro_batch_size(3, 0)
-    sizes = utils.micro_batch_size(12, 4)
-    return gathered, total, answers, seen, [s.tolist() for s in shares], said, sizes
-
-
-def test_ranks_gather_rows_in_order_sum_exactly_and_share_forwards_and_errors(two):
-    results = two(what_ranks_say)
-    for gathered, total, answers, seen, _, said, sizes in results:
-        want = torch.arange(5.0)[:, None] * torch.tensor([[1.0, 1, 0], [1, 1, 1]])[[0, 1, 0, 1, 0]]
-        assert torch.equal(gathered, want)
-        assert total == pytest.approx(1.2, abs=1e-15)
-        assert answers[:, 0].tolist() == [4, 7, 2, 9, 5]
-        assert seen == [2, 1], "as many forwards on every rank"
-        assert "no such model folder" in said and sizes == (4, 2)
-    assert [shares for *_, shares, _, _ in results] == [[[5, 4], [9]], [[7, 2]]]

@@ -4,6 +4,9 @@ Sections are in the README's order; each test is one sentence.
 Dimension key:  B batch, P prompt, A answer, T = P + A, V vocabulary.
 """
 import contextlib
+import gzip
+import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 from multiprocessing import connection
 from pathlib import Path
 

@@ -16,6 +16,7 @@ Dimension key:  B rows, P prompt, T = P + A longest row, H heads, K key/value he
                 E width, M width of the MLP, V vocabulary.
 """
 import json
+import logging
 import platform
 import random
 import shlex
@@ -49,8 +50,8 @@ class Config:
     prompt_len: int = 64           # tokens of a prompt
     new_tokens: int = 64           # longest answer
     ragged: bool = False           # answers end by EOS: geometric lengths with a mean of 32 tokens
-    lengths: str = ""              # nano-vllm's workload, ours only: 100..1024 are the shortest and
-    #   the longest prompt, and answer, at temperature 0.6
+    lengths: str = ""              # 100..1024: nano-vllm's workload, prompts and answers of these
+    #   lengths at temperature 0.6; ours only
     against: str = "generate,generate_batch"  # methods of transformers to compare with
     engine: Literal["hybrid", "hf"] = "hybrid"  # ppo: as in ppo.py
     iterations: int = 4            # ppo: the first one is not counted
@@ -152,14 +153,13 @@ def transformers_generate(lm, prompts, new_tokens, ends):
 
 
 def transformers_generate_batch(lm, prompts, new_tokens, ends):
-    """transformers' own continuous batching."""
+    """transformers' own continuous batching. Its manager is kept: a start takes it seconds."""
     from transformers import GenerationConfig
 
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=True, top_k=0, pad_token_id=0,
                               eos_token_id=ends or -1)
-    attention = lm.config._attn_implementation  # it changes it
-    outputs = lm.generate_batch(prompts, generation_config=config)
-    lm.set_attn_implementation(attention)
+    outputs = lm.generate_batch(prompts, generation_config=config, persistent_manager=True)
     return sum(len(output.generated_tokens) for output in outputs.values())
 
 
@@ -197,6 +197,8 @@ def generate(cfg):
         for name in filter(None, cfg.against.split(",")):
             sides[name] = lambda _, f=others[name]: f(lm, prompts, cfg.new_tokens, ends)
     measured = alternate(sides, cfg.turns)
+    if "generate_batch" in sides:
+        lm.destroy_cached_continuous_batching_manager()
     ours_s = [seconds / tokens for seconds, tokens in measured["hybrid"]]  # per token
     for name, results in measured.items():
         per_token = [seconds / tokens for seconds, tokens in results]
@@ -232,22 +234,41 @@ def save_inputs(cfg, folder):
     lm = build(cfg.model, dtype)
     V = lm.config.vocab_size
     tokenizer = tokenizer_with(V)
-    # A 32nd of the vocabulary ends a row, but not its bytes, of which prompts are made.
+    # A 32nd of the vocabulary ends a row, but no byte does: prompts are made of them.
     ends = list(range(V - V // 32, V)) if cfg.ragged else tokenizer.eos_token_id
     lm.generation_config.eos_token_id = ends
     lm.save_pretrained(folder / "actor")
-    head = build(cfg.critic or cfg.model, dtype, "AutoModelForSequenceClassification", num_labels=1)
-    torch.nn.init.normal_(head.score.weight, std=head.score.in_features**-0.5)
-    head.save_pretrained(folder / "reward")
+    reward = build(cfg.critic or cfg.model, dtype, "AutoModelForSequenceClassification",
+                   num_labels=1)
+    torch.nn.init.normal_(reward.score.weight, std=reward.score.in_features**-0.5)
+    reward.save_pretrained(folder / "reward")
     for name in ("actor", "reward"):
         tokenizer.save_pretrained(folder / name)
     rng = random.Random(cfg.seed)
     message = [{"role": "user", "content": ""}]
     around = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    rows = max(100, 2 * cfg.batch * cfg.iterations)
     with open(folder / "prompts.jsonl", "w") as f:
-        for _ in range(2 * cfg.batch * cfg.iterations):
+        for _ in range(rows):
             letters = rng.choices("abcdefgh", k=cfg.prompt_len - len(around))
             f.write(json.dumps({"prompt": "".join(letters)}) + "\n")
+
+
+def ppo_flags(cfg, folder):
+    """Of ppo.py, for what save_inputs has written."""
+    flags = {
+        "model": folder / "actor", "reward": folder / "reward", "data": folder / "prompts.jsonl",
+        "out": folder / "out", "max-len": cfg.prompt_len + cfg.new_tokens,
+        "max-new-tokens": cfg.new_tokens, "engine": cfg.engine, "iterations": cfg.iterations,
+        "batch-size": cfg.batch, "minibatches": cfg.minibatches, "ema": 0, "dtype": cfg.dtype,
+        "seed": cfg.seed,
+    }
+    return [f"--{name}={value}" for name, value in flags.items()] + shlex.split(cfg.flags)
+
+
+# ppo.py, but without checkpoints: of a large model each takes longer than an iteration.
+PPO = "import ppo, utils; utils.Run.save = lambda *a, **k: None; utils.run(ppo.main, ppo.Config)"
+COLUMNS = ("seconds", "rollout_s", "score_s", "update_s", "length", "tokens_per_s", "memory_gib")
 
 
 def ppo(cfg):
@@ -255,26 +276,20 @@ def ppo(cfg):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         save_inputs(cfg, folder)
-        command = [
-            sys.executable, "ppo.py", "--model", folder / "actor", "--reward", folder / "reward",
-            "--data", folder / "prompts.jsonl", "--out", folder / "out", "--held-out", 0.01,
-            "--max-len", cfg.prompt_len + cfg.new_tokens, "--max-new-tokens", cfg.new_tokens,
-            "--engine", cfg.engine, "--iterations", cfg.iterations, "--batch-size", cfg.batch,
-            "--minibatches", cfg.minibatches, "--actor-lr", 1e-6, "--critic-lr", 1e-6,
-            "--ema", 0, "--dtype", cfg.dtype, "--seed", cfg.seed, *shlex.split(cfg.flags)]
-        subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=sys.stderr)
+        command = [sys.executable, "-c", PPO, *ppo_flags(cfg, folder)]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
         lines = (folder / "out/metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row["step"] > 1]  # 0 is an evaluation, 1 warms up
-    columns = ("seconds", "rollout_s", "score_s", "update_s", "length", "tokens_per_s",
-               "memory_gib")
-    medians = {name: statistics.median(row[name] for row in rows)
-               for name in columns if name in rows[0]}
-    record(cfg, job="ppo", engine=cfg.engine, model=cfg.model, critic=cfg.critic or cfg.model,
-           batch=cfg.batch, prompt_len=cfg.prompt_len, new_tokens=cfg.new_tokens,
-           ragged=cfg.ragged, flags=cfg.flags, **medians,
-           pairs_per_s=cfg.batch / medians["seconds"],
-           runs=[round(row["seconds"], 3) for row in rows])
+    medians = {}
+    for name in COLUMNS:
+        if name in rows[0]:
+            medians[name] = statistics.median(row[name] for row in rows)
+    record(
+        cfg, job="ppo", engine=cfg.engine, model=cfg.model, critic=cfg.critic or cfg.model,
+        batch=cfg.batch, prompt_len=cfg.prompt_len, new_tokens=cfg.new_tokens, ragged=cfg.ragged,
+        flags=cfg.flags, **medians, pairs_per_s=cfg.batch / medians["seconds"],
+        runs=[round(row["seconds"], 3) for row in rows])
 
 
 # -----------------------------------------------------------------------------
@@ -322,7 +337,7 @@ def kernel_cases(config, B, P, T, dtype):
            lambda: F.scaled_dot_product_attention(q4, k4, v4, is_causal=True, enable_gqa=H != K),
            2 * q.nbytes + k.nbytes + v.nbytes)
 
-    q1, k1, v1 = randn(B, H, D), randn(B, K, D), randn(B, K, D)
+    q1 = randn(B, H, D)
     k_cache, v_cache = randn(B, K, T, D), randn(B, K, T, D)
     lengths = torch.full_like(slots, T)
     yield ("decode attention",
@@ -330,18 +345,6 @@ def kernel_cases(config, B, P, T, dtype):
            lambda: F.scaled_dot_product_attention(q1[:, :, None], k_cache, v_cache,
                                                   enable_gqa=H != K),
            k_cache.nbytes + v_cache.nbytes)
-
-    positions = torch.full_like(slots, P)
-    cos, sin = torch.rand(2, T, D // 2, device=DEVICE)
-
-    def rope_by_pytorch():
-        k_cache[slots, :, positions] = kernels.rotate(k1, cos[positions], sin[positions])
-        v_cache[slots, :, positions] = v1
-        return kernels.rotate(q1, cos[positions], sin[positions])
-
-    yield ("rotary and cache",
-           lambda: kernels.rope_and_cache(q1, k1, v1, k_cache, v_cache, slots, positions, cos, sin),
-           rope_by_pytorch, 2 * (q1.nbytes + k1.nbytes + v1.nbytes))
 
     stream, residual, weight, bias = randn(B * P, E), randn(B * P, E), randn(E), randn(E)
     yield ("add and norm",

@@ -115,6 +115,7 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
+@cache
 class Net:
     """The sizes of a model, counted on one without memory. lora: rank of its adapters."""
 

@@ -5,12 +5,11 @@ people talk to a model, or compare two and vote.     pip install fastapi uvicorn
     python -m tools.serve --model out/ppo --compare out/sft      # votes go into votes.jsonl
     python reward.py --data votes.jsonl --out out/voted          # learns what people preferred
 
-    event loop                                                   one thread
+    event loop                                                   a thread
       JSON -> token ids -> Answer ---- submit ---->  RequestEngine: rows enter the batch, get a
       text <- Answer.add <---------- news <--------  token in every step, and leave
 
-An answer depends on its prompt, seed and sampling settings, and not on what else is decoded. There
-is no TLS: over a network, put a proxy in front.
+An answer depends on its request alone, and not on what else is decoded at the time.
 """
 import asyncio
 import contextlib
@@ -18,9 +17,10 @@ import json
 import secrets
 import time
 import traceback
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,7 @@ except ImportError as error:
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PositiveInt
 from starlette.exceptions import HTTPException
 
 import data
@@ -50,14 +50,12 @@ LOCAL = ("127.0.0.1", "localhost")
 
 @dataclass(frozen=True)
 class Config:
-    # server
     model: str = "out/ppo"         # model folder or hub name
     compare: str = ""              # a second model: the page shows both answers and takes votes
     votes: str = "votes.jsonl"     # file that votes are appended to, for reward.py --data
     host: str = "127.0.0.1"        # address to listen on; any other needs a key
     port: int = 8000               # port to listen on
     api_key: str = ""              # what clients must give; empty: nothing
-    # defaults of a request
     max_new_tokens: int = 128      # longest answer
     temperature: float = 1.0       # of sampling; 0: always the most likely token
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights; auto: bf16 where a GPU has it
@@ -73,26 +71,25 @@ class Config:
 
 class RequestEngine(HybridEngine):
     """Generation for a server: prompts come while others are answered, each with its own sampling.
-    A row gets the tokens that generate() gives to its prompt and key.
-
-    max_waiting: most rows that wait for a slot; share: of the free memory, for the KV cache.
-    """
+    A row gets the tokens that generate() gives to its prompt and key. max_waiting: most rows that
+    wait for a slot; share: of the free memory, for the KV cache."""
 
     def __init__(self, lm, max_batch, max_len, ends, max_waiting, share):
         super().__init__(lm, max_batch=max_batch, max_len=max_len)
         self.share = share
         with torch.no_grad():
-            self.start([[0]] * max_batch, max_new_tokens=1, eos_token_id=ends)
-        self.waiting.clear()  # these prompts were there to make room
+            self.prepare(max_batch, max_len, ends)
+        self.waiting = deque()                                # rows
+        self.running = {}                                     # slot: row
         N = max_batch + max_waiting
         self.free_rows = list(range(N))
         self.prompts = [None] * N                             # of each row
         self.prompt_lens = np.zeros(N, dtype=np.int64)
-        self.limits = np.zeros(N, dtype=np.int64)             # tokens of prompt and longest answer
+        self.max_lens = np.zeros(N, dtype=np.int64)
         self.keys = np.zeros(N, dtype=np.int64)
         self.samplings = [None] * N                           # (temperature, top_k, top_p)
-        S, V = len(self.cache.slots), len(self.decoder.head)
-        self.logits = torch.zeros(S, V, device=self.device)   # the newest of each slot
+        shape = (len(self.cache.slots), len(self.decoder.ends.head))
+        self.logits = torch.zeros(shape, device=self.device)  # (S, V) the newest of each slot
 
     def free_memory(self):
         return self.share * super().free_memory()
@@ -103,7 +100,7 @@ class RequestEngine(HybridEngine):
         row = self.free_rows.pop()
         self.prompts[row] = np.asarray(prompt, dtype=np.int64)
         self.prompt_lens[row] = len(prompt)
-        self.limits[row] = len(prompt) + max_new_tokens
+        self.max_lens[row] = len(prompt) + max_new_tokens
         self.keys[row] = key
         self.samplings[row] = sampling
         self.waiting.append(row)
@@ -123,16 +120,12 @@ class RequestEngine(HybridEngine):
 
     @torch.no_grad()
     def step(self):
-        """Prompts enter, all running rows get a token, rows that have ended leave. Returns of each
-        token (row, token, whether the row has ended)."""
+        """Returns of each token that is sampled (row, token, whether the row has ended)."""
         news = []
         if self.waiting and len(self.running) < len(self.cache.slots):
             before = set(self.running)
             self.admit()
-            new = [slot for slot in self.running if slot not in before]
-            limits = self.limits[[self.running[slot] for slot in new]]
-            self.cache.rows.max_lengths[self.tensor(new)] = self.tensor(limits)
-            news += self.choose(new)
+            news += self.choose([slot for slot in self.running if slot not in before])
         if self.running:
             self.close_gaps()
             n = self.step_size(max(self.running) + 1)
@@ -149,16 +142,15 @@ class RequestEngine(HybridEngine):
         self.logits.index_copy_(0, slots, logits.float())
 
     def choose(self, slots):
-        """A token for the row in each of these slots (a list), sampled at once for all rows that
-        are sampled in the same way. Returns what step() does."""
+        """A token for the row in each of these slots (a list). Returns what step() does."""
         rows = [self.running[slot] for slot in slots]
-        groups = {}
+        groups = defaultdict(list)
         for slot, row in zip(slots, rows):
-            groups.setdefault(self.samplings[row], []).append(slot)
+            groups[self.samplings[row]].append(slot)
         state = self.cache.rows
+        ends = self.eos_tensors[self.eos_ids]
         for sampling, group in groups.items():
             index = self.tensor(group)
-            ends = self.eos_tensors[self.eos_ids]
             kernels.sample_next(self.logits[index], index, state, ends, *sampling)
         slots = self.tensor(slots)
         last = state.lengths[slots] - 1                                       # (n,)
@@ -175,17 +167,18 @@ class RequestEngine(HybridEngine):
 
 
 class Answer:
-    """An answer while it is decoded, and its text: whole characters, and nothing that may turn out
-    to be the start of a stop string."""
+    """An answer while it is decoded. Its text goes out in whole characters, without what may turn
+    out to be the start of a stop string."""
 
     def __init__(self, name, model, request, stops):
-        """request: what RequestEngine.add takes, the prompt first."""
+        """request: what RequestEngine.add takes."""
         self.name, self.model, self.request, self.stops = name, model, request, stops
         self.head = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
         self.news = asyncio.Queue()     # (token, ended); or None: nobody waits any more
         self.wanted = True              # somebody waits for it
         self.reason = None              # why it has ended: "stop" or "length"
-        self.ids, self.text = [], ""
+        self.ids = []
+        self.text = ""
         self.start = self.read = 0      # ids[start:read] are decoded a second time, as context
         self.sent = self.tokens = 0     # characters; tokens, the end included
 
@@ -198,8 +191,10 @@ class Answer:
             self.ids.append(token)
             self.reason = "length" if ended else None
         self.extend()
-        if not self.sent and self.text.startswith(self.model.space):
-            self.sent = len(self.model.space)
+        if self.sent == 0 and self.model.has_space:
+            if self.text == " " and not self.reason:
+                return ""  # until it is known whether more white space follows: code keeps it
+            self.sent = int(self.text[:1] == " " and not self.text[1:2].isspace())
         begun = [stop[:n] for stop in self.stops for n in range(1, len(stop))]
         held = [len(start) for start in begun if not self.reason and self.text.endswith(start)]
         new = self.text[self.sent : len(self.text) - max(held, default=0)]
@@ -240,14 +235,11 @@ class Model:
         self.rows = {}           # row of the engine: Answer
         self.error = None        # what has ended run()
         self.wake = asyncio.Event()
-        # The space that the chat template writes between prompt and answer is not the answer's.
+        self.decode = partial(tokenizer.decode, skip_special_tokens=True)
+        # Whether the chat template writes a space before an answer, which is not the answer's.
         ask = [{"role": "user", "content": "?"}]
         whole = data.render(tokenizer, ask, answer={"role": "assistant", "content": "ANSWER"})
-        space = whole.removeprefix(data.render(tokenizer, ask)).partition("ANSWER")[0]
-        self.space = space if space.isspace() else ""
-
-    def decode(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        self.has_space = whole.removeprefix(data.render(tokenizer, ask)).startswith(" ")
 
     def submit(self, answer):
         if self.error:
@@ -259,21 +251,21 @@ class Model:
 
     async def run(self, thread):
         """Steps as long as there is something to answer. thread: an executor with one thread."""
-        engine = self.engine
         while True:
             await self.wake.wait()
             for row in [row for row, answer in self.rows.items() if not answer.wanted]:
-                engine.remove(row)
+                self.engine.remove(row)
                 del self.rows[row]
             while self.inbox:
                 answer = self.inbox.popleft()
                 if answer.wanted:
-                    self.rows[engine.add(*answer.request)] = answer
+                    self.rows[self.engine.add(*answer.request)] = answer
             if not self.rows:
                 self.wake.clear()
                 continue
             try:
-                found = await asyncio.get_running_loop().run_in_executor(thread, engine.step)
+                loop = asyncio.get_running_loop()
+                found = await loop.run_in_executor(thread, self.engine.step)
             except Exception as error:
                 traceback.print_exc()
                 self.error = f"the engine has failed: {error}"
@@ -295,20 +287,19 @@ class Message(BaseModel):
     content: str | list[dict]
 
     def plain(self):
-        """As a chat template takes it. ValueError or KeyError for what is not text."""
         role = self.role.replace("developer", "system")
         return data.as_message({"role": role, "content": self.content})
 
 
 class Chat(BaseModel, extra="forbid"):
-    """Of other fields, to ignore one would be to answer another question than was asked."""
+    """Other fields are refused: without them, the answer would be one to another question."""
     messages: list[Message] = Field(min_length=1)
     model: str = ""
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: PositiveInt | None = None
+    max_completion_tokens: PositiveInt | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict | None = None
@@ -325,8 +316,7 @@ def read_request(body, served, cfg):
         raise HTTPException(404, f"there is no model {name!r}; there is {', '.join(served)}")
     model = served[name]
     try:
-        messages = [message.plain() for message in body.messages]
-        text = data.prompt_text(model.tokenizer, messages)
+        text = data.prompt_text(model.tokenizer, [m.plain() for m in body.messages])
     except Exception as error:  # a template is a program, and raises what it likes
         raise HTTPException(400, f"messages: {error}") from None
     prompt = model.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -337,9 +327,8 @@ def read_request(body, served, cfg):
                             f"exceed the context of {model.max_len} tokens")
     limit = asked or min(cfg.max_new_tokens, room)
     temperature = cfg.temperature if body.temperature is None else body.temperature
-    if temperature < 1e-3:  # logits divided by less would overflow
-        temperature = 0.0
-    sampling = (temperature, 0, body.top_p or 1.0)
+    # Rounded: logits that are divided by much less would overflow.
+    sampling = (round(temperature, 3), 0, body.top_p or 1.0)
     seed = secrets.randbits(62) if body.seed is None else body.seed
     request = (prompt, int(row_keys(seed, 1)[0]), limit, sampling)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -399,8 +388,8 @@ class Vote(BaseModel):
         text, one that begins with "Human:" would be read as a dialogue."""
         order = [1, 0] if self.vote == "right" else [0, 1]
         first, second = ([{"role": "assistant", "content": self.answers[i]}] for i in order)
-        row = {"prompt": [message.plain() for message in self.prompt],
-               "models": [self.models[i] for i in order]}
+        row = {"prompt": [message.plain() for message in self.prompt]}
+        row["models"] = [self.models[i] for i in order]
         if self.vote == "tie" or self.answers[0] == self.answers[1]:
             return row | {"answers": [first, second], "ranks": [1, 1]}
         return row | {"chosen": first, "rejected": second}
@@ -444,8 +433,7 @@ def make_app(cfg, served):
     async def on_invalid(request, error):
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"][1:]))
-        text = first["msg"].removeprefix("Value error, ")
-        return JSONResponse(error_body(400, f"{where}: {text}" if where else text), 400)
+        return JSONResponse(error_body(400, f"{where}: {first['msg']}".lstrip(": ")), 400)
 
     async def check(request: Request):
         """Without a key, what a browser sends for a page of another site is refused: that page
@@ -494,7 +482,7 @@ def load(name, cfg, share):
     from transformers import AutoModelForCausalLM
 
     tokenizer = utils.load_tokenizer(name)
-    lm = utils.load_model(AutoModelForCausalLM, name, utils.dtype_of(cfg.dtype))
+    lm = utils.load_model(AutoModelForCausalLM, name, utils.dtype_of(cfg.dtype), tokenizer)
     return Model(lm.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, share=share)
 
 
