@@ -2,6 +2,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -34,15 +35,13 @@ def run(tmp_path):
         advantages=ppo.whiten(advantages, mask), returns=returns, total=total, columns=columns)
     rows = ppo.token_samples(batch, SimpleNamespace(decode=lambda ids: TOKENS[ids[0]]))
     write(tmp_path / "ppo", "tokens", [{"step": 1, **row} for row in rows])
-    metrics = {"kl": 0.1, "score": 1.0, "eval_kl": 0.1, "length": 5, "skipped": 0,
-               "advantage_mean": advantages[mask].mean().item(),
+    metrics = {"kl": 0.1, "eval_kl": 0.1, "advantage_mean": advantages[mask].mean().item(),
                "advantage_std": advantages[mask].std(correction=0).item()}
     write(tmp_path / "ppo", "metrics", [{"step": step, **metrics} for step in (1, 2, 3)])
-    answers = [(1, "p", "old<b>"), (1, "q", "same"), (1, "r", "r1"), (3, "q", "same"),
-               (3, "p", "new"), (2, "r", "r2")]
-    write(tmp_path / "ppo", "samples", [
-        {"step": step, "prompt": prompt, "answer": answer, "score": 0.5}
-        for step, prompt, answer in answers])
+    answers = ((1, "p", "old<b>"), (1, "q", "same"), (1, "r", "r1"), (3, "q", "same"),
+               (3, "p", "new"), (2, "r", "r2"))
+    rows = [dict(zip(("step", "prompt", "answer"), row)) for row in answers]
+    write(tmp_path / "ppo", "samples", rows)
     (tmp_path / "ppo" / "run.json").write_text('{"config": {"kl_coef": 0.07}}')
     return tmp_path / "ppo"
 
@@ -59,9 +58,8 @@ def arithmetic(page):
 
 def test_every_sum_of_every_sampled_token_is_written_out_and_right(run):
     sums = arithmetic(look.page([run]))
-    names = [name for name, _, _ in sums]
-    assert {name: names.count(name) for name in names} == dict.fromkeys(
-        ("reward", "δ", "A", "return", "advantage"), 4 * 4)
+    counts = Counter(name for name, _, _ in sums)
+    assert counts == dict.fromkeys(("reward", "δ", "A", "return", "advantage"), 4 * 4)
     for name, left, right in sums:
         assert left == pytest.approx(right, abs=3e-3), name
 
@@ -104,22 +102,13 @@ def test_runs_of_a_step_share_their_pictures_whatever_their_names(run, tmp_path)
     assert figures.count("kl") == 1 and figures.count("loss") == 2 and "x" not in figures
     [kl] = re.findall(r"<figcaption>kl .*?</figure>", page)
     assert kl.count("<polyline") == 2 and "0.1, " not in kl.split("<svg")[1]
-    for x, y in re.findall(r'<text x="([-\d.]+)" y="([-\d.]+)"', page):
-        assert 30 < float(x) <= 340 and 0 < float(y) <= 150, "a label is cut"
+    for x, y, label in re.findall(r'<text x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*)', page):
+        assert 30 < float(x) <= 340 and 0 < float(y) <= 150 and len(label) <= 7, "it is cut"
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (-3e-5, 2e-5), (0.9, 0.93), (5, 7000), (-2, -1)])
-def test_ticks_are_a_few_round_numbers_inside(low, high):
-    ticks = look.ticks(low, high)
-    assert 2 <= len(ticks) <= 5 and low <= min(ticks) and max(ticks) <= high
-    assert all(len(look.number(tick).strip("−0.")) <= 5 for tick in ticks)
-
-
-def test_the_command_writes_the_page_and_refuses_what_is_no_run(run, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_the_page_and_refuses_what_is_no_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["look", str(run)])
     look.main()
     assert (run / "look.html").read_text() == look.page([run])
     monkeypatch.setattr(sys, "argv", ["look", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        look.main()
-    assert "no metrics.jsonl" in capsys.readouterr().err
+    pytest.raises(SystemExit, look.main)
