@@ -5,14 +5,15 @@
     python chat.py --compare out/sft      # the answers of two models to each prompt
     python chat.py --model meta-llama/Llama-3.2-1B-Instruct --turns --max-new-tokens 200
 
-Answers are sampled by the engine that PPO uses, and printed token by token. With --prompt, standard
-output holds the answer and nothing else. Ctrl-C ends an answer.
+Answers are sampled by PPO's engine, and printed token by token; Ctrl-C ends one. With --prompt,
+standard output holds the answer and nothing else.
 """
 import contextlib
 import itertools
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ from transformers.utils import logging
 import data
 import utils
 from hybrid_engine import make_engine
+from sft import Policy
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,24 @@ class Speaker:
         lm = utils.load_model(AutoModelForCausalLM, name, utils.dtype_of(cfg.dtype))
         self.ends = utils.end_ids(self.tokenizer, lm)
         lm.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        self.engine = make_engine(cfg.engine, lm)
+        self.engine = make_engine(cfg.engine, Policy(lm))
         self.turns = cfg.turns or trained_on_turns(name)
         self.messages = []
 
     def token_ids(self, prompt, seed):
-        """Yields the ids of an answer as they are sampled."""
-        cfg = self.cfg
-        if cfg.engine == "hybrid":
-            yield from self.engine.stream(prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k,
-                                          cfg.top_p, self.ends, seed)
-        else:
-            out = self.engine.generate([prompt], cfg.max_new_tokens, cfg.temperature, self.ends,
-                                       seed)
-            yield from out.tokens[0, len(prompt) :].tolist()
+        """The ids of an answer; the hybrid engine yields them as they are sampled."""
+        n, temperature = self.cfg.max_new_tokens, self.cfg.temperature
+        if self.cfg.engine == "hf":
+            out = self.engine.generate([prompt], n, temperature, self.ends, seed)
+            return out.tokens[0, len(prompt) :].tolist()
+        return self.engine.stream(prompt, n, temperature, self.cfg.top_k, self.cfg.top_p, self.ends,
+                                  seed)
 
     def answer(self, text, seed, screen):
         """Prints the answer to a text as it comes."""
         self.messages = self.messages * self.turns + [{"role": "user", "content": text}]
-        prompt = data.render(self.tokenizer, self.messages)
-        prompt = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        rendered = data.render(self.tokenizer, self.messages)
+        prompt = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         ids = []
         said = ""
         with contextlib.suppress(KeyboardInterrupt):
@@ -97,16 +97,13 @@ def main(cfg):
     screen = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what is said while a model is loaded
         speakers = [Speaker(name, cfg) for name in (cfg.model, cfg.compare) if name]
-    for turn in itertools.count():
-        with contextlib.suppress(EOFError):
-            text = ""
-            text = cfg.prompt or input("Human: ")
-        if not text.strip() or turn and cfg.prompt:
-            break
-        for speaker in speakers:
-            label = speaker.name if cfg.compare else "" if cfg.prompt else "Assistant"
-            print(label and f"{label}: ", end="", file=screen, flush=True)
-            speaker.answer(text, cfg.seed + turn, screen)
+    lines = [cfg.prompt] if cfg.prompt else iter(partial(input, "Human: "), "")
+    with contextlib.suppress(EOFError):
+        for turn, text in enumerate(lines):
+            for speaker in speakers:
+                label = speaker.name if cfg.compare else "" if cfg.prompt else "Assistant"
+                print(label and f"{label}: ", end="", file=screen, flush=True)
+                speaker.answer(text, cfg.seed + turn, screen)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ Sections are in the README's order; each test is one sentence.
 Dimension key:  B batch, P prompt, A answer, T = P + A, V vocabulary.
 """
 import contextlib
+import gzip
+import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 from multiprocessing import connection
 from pathlib import Path
 
@@ -146,12 +150,20 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def engine_of(lm=None, lr=1e-3, eps=1e-8, **flags):
+def engine_of(lm=None, lr=1e-3, eps=1e-8, micro_batches=1, **flags):
     """A DeepSpeed engine that trains a small policy, in this process."""
     utils.init_distributed(0)
     cfg = sft.Config(**{"dtype": "fp32", **flags})
-    lm = lm or model_of("llama").to(utils.dtype_of(cfg.dtype))
-    return utils.train_engine(sft.Policy(lm), lr, 2, 1, cfg, eps)
+    lm = lm or model_of("llama")
+    for p in lm.parameters():  # not lm.to(), which also rounds buffers
+        p.data = p.data.to(utils.dtype_of(cfg.dtype))
+    return utils.train_engine(sft.Policy(lm), lr, 2, micro_batches, cfg, eps)
+
+
+def load_lm(path, dtype=torch.float32, **entries):
+    from transformers import AutoModelForCausalLM
+
+    return utils.load_model(AutoModelForCausalLM, str(path), dtype, **entries)
 
 
 def train(script, out, **flags):

@@ -86,8 +86,7 @@ def run_step(step, cfg):
     flags = flags_of(step, cfg)
     if is_finished(step, flags, folder):
         utils.print0(f"\n{folder} is finished, and kept")
-        record, mark = (folder / name for name in ("run.json", "finished"))
-        return mark.stat().st_mtime - record.stat().st_mtime
+        return os.path.getmtime(folder / "finished") - os.path.getmtime(folder / "run.json")
     utils.print0(f"\nstep {STEPS.index(step) + 1} of 3: python {step}.py {shlex.join(flags)}")
     start = time.time()
     flags.append("--resume")
@@ -122,19 +121,19 @@ def draw(out, titles, panels):
             ax.axhline(LABELLERS, color="0.5", ls="--", lw=1, label="the labellers")
         ax.grid(alpha=0.3)
         ax.legend(loc="center right")
-    (out / "demo").mkdir(exist_ok=True)
     figure.savefig(out / "demo" / "curves.png", dpi=110)
 
 
 def main(cfg):
     out = Path(cfg.out)
+    os.makedirs(out / "demo", exist_ok=True)
     seconds = {step: run_step(step, cfg) for step in STEPS}
     if os.environ.get("RANK", "0") != "0":
         return
+    what, key, words, label = ("toy_correct", "gold", "{:.1%} right", "share of right answers")
     is_toy = cfg.data == "toy"
-    what, key, words = "score", "score", "score {:.2f}"
-    if is_toy:
-        what, key, words = "toy_correct", "gold", "{:.1%} right"
+    if not is_toy:  # no exact checker
+        what, key, words, label = ("score", "score", "score {:.2f}", "score")
     policy = column(out / "ppo", f"eval_{what}")[1]
     kl = column(out / "ppo", "eval_kl")[1][-1]
     ema = column(out / "ppo", f"eval_ema_{what}")[1] or [None]
@@ -145,15 +144,15 @@ def main(cfg):
               f"PPO with that reward:\nfrom {before} to {after}, KL {kl:.2f} nats"]
     panels = [("loss", "held_out_loss", "loss, nats per token"),
               ("accuracy", "held_out_accuracy", "pairwise accuracy"),
-              (f"score_{what}" if is_toy else what, f"eval_{what}", what)]
+              (f"score_{what}" if is_toy else what, f"eval_{what}", label)]
     draw(out, titles, panels)
-    total = sum(seconds.values())
     summary = {"sft": {key: policy[0]}, "reward": {"accuracy": accuracy},
-               "ppo": {key: policy[-1], "kl": kl}, "ppo_ema": {key: ema[0]}, "seconds": total}
+               "ppo": {key: policy[-1], "kl": kl}, "ppo_ema": {key: ema[0]},
+               "seconds": sum(seconds.values())}
     (out / "demo" / "summary.json").write_text(json.dumps(summary, indent=1))
     for title, step in zip(titles, STEPS):
         print(f"{seconds[step]:5.0f} s   {' '.join(title.split())}")
-    print(f"{total:5.0f} s   in all. Picture: {out}/demo/curves.png. Next:\n"
+    print(f"{summary['seconds']:5.0f} s   in all. Picture: {out}/demo/curves.png. Next:\n"
           f"    python chat.py --model {out}/ppo --compare {out}/sft\n"
           f"    python -m tools.look {out}/ppo")
 

@@ -19,6 +19,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple
+from unittest import mock
 
 import psutil
 import torch
@@ -63,6 +64,8 @@ MACHINES = {
 
 # name, family of transformers, L, E, H, K, D, M, V, whether the output layer is the embedding
 KNOWN = """
+opt-4x256     opt     4   256   4   4   64   1024    8192  tied
+llama-4x256   llama   4   256   4   2   64    688    8192  own
 opt-125m      opt    12   768  12  12   64   3072   50272  tied
 opt-350m      opt    24  1024  16  16   64   4096   50272  tied
 opt-1.3b      opt    24  2048  32  32   64   8192   50272  tied
@@ -112,6 +115,7 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
+@cache
 class Net:
     """The sizes of a model, counted on one without memory. lora: rank of its adapters."""
 
@@ -142,8 +146,7 @@ class Net:
         return 2 * self.L * self.K * self.D * itemsize
 
     def flops(self, tokens, length, head_tokens):
-        """Of one forward over `tokens` tokens in rows of `length`, of which `head_tokens` also go
-        through the output layer: 2 per weight and token, and causal attention."""
+        """Of one forward over `tokens` tokens in rows of `length`, and of the output layer."""
         attention = 2 * self.L * self.H * self.D * length
         return tokens * (2 * self.matrices + attention) + 2 * self.E * self.V * head_tokens
 
@@ -166,7 +169,9 @@ def kept_bytes(name, lora, length, itemsize):
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:1] * layers
-        with FakeTensorMode():
+        # Of fake tensors transformers cannot see that rows are whole, and would make a mask.
+        packed = "transformers.masking_utils.find_packed_sequence_indices"
+        with FakeTensorMode(), mock.patch(packed, return_value=None):
             dtype = torch.float32 if itemsize == 4 else torch.bfloat16
             lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
             lm = utils.add_lora(lm, lora).eval()  # no dropout
@@ -175,8 +180,7 @@ def kept_bytes(name, lora, length, itemsize):
 
             def pack(x, kept=kept, alive=alive):
                 alive.append(x)
-                if x.shape[1:] != (1, length, length):  # a mask, made for fake tensors only
-                    kept.setdefault(x.untyped_storage()._cdata, x.untyped_storage().nbytes())
+                kept.setdefault(x.untyped_storage()._cdata, x.untyped_storage().nbytes())
                 return x
 
             with saved_tensors_hooks(pack, lambda x: x):
@@ -246,12 +250,9 @@ class Config:
 class Trained:
     """What DeepSpeed 0.19 allocates on one rank for a model that it trains, in bytes."""
 
-    # There all the time; the optimizer's are two moments, and float32 weights.
-    weights = optimizer = kept_gradients = kept_buffers = 0
-    # Gradients besides these: between micro batches, after the last one, and in the step.
-    gradients = waiting = in_step = 0
-    # At the start of a backward, at its end, and in the step.
-    backward_buffers = reduce_buffers = step_buffers = 0
+    kept_gradients = kept_buffers = 0     # there all the time, as weights and optimizer are
+    gradients = waiting = in_step = 0     # between micro batches, after the last, in the step
+    backward_buffers = reduce_buffers = step_buffers = 0  # when a backward starts and ends; step
 
     def __init__(self, cfg, name, lora=0, is_policy=False):
         net = self.net = Net(name, lora)
