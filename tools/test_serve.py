@@ -30,8 +30,8 @@ ASK = [{"role": "user", "content": "x"}]
 @pytest.fixture(scope="module")
 def lm():
     torch.manual_seed(0)
-    config = utils.tiny_config(initializer_range=0.4)
-    config.update({"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2})
+    config = utils.tiny_config()
+    config.update({"hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.4})
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -108,8 +108,7 @@ def test_a_stream_is_the_answer_in_pieces_to_what_the_chat_template_renders(clie
                 {"role": "user", "content": [{"type": "text", "text": t} for t in ("co", "py")]}]
     body = {"messages": messages, "max_tokens": 60, "seed": 0}
     whole = client.chat(**body).json()
-    prompt = "short\nAssistant: yes\nHuman: copy\nAssistant:"
-    assert whole["usage"]["prompt_tokens"] == len(prompt)
+    assert whole["usage"]["prompt_tokens"] == len("short\nAssistant: yes\nHuman: copy\nAssistant:")
     reply = client.chat(**body, stream=True, stream_options={"include_usage": True})
     assert reply.text.endswith("\n\ndata: [DONE]\n\n")
     *chunks, last = map(json.loads, reply.text.removeprefix("data: ").split("\n\ndata: ")[:-1])
@@ -144,12 +143,17 @@ def test_the_pieces_of_an_answer_are_its_text_up_to_the_first_stop_string():
 
 
 def test_an_answer_ends_at_every_end_that_the_folder_names(lm, monkeypatch):
-    monkeypatch.setattr(lm.generation_config, "eos_token_id", [TOK.eos_token_id, *range(200)])
+    ends = [TOK.eos_token_id, TOK.pad_token_id]
+    monkeypatch.setattr(lm.generation_config, "eos_token_id", ends)
+    prompt = TOK("Human: x\nAssistant:")["input_ids"]
+    seen = set()
     with serving(lm) as client:
-        for i in range(6):
-            reply = client.chat(seed=i, max_tokens=300)
-            assert reply.json()["choices"][0]["finish_reason"] == "stop"
-            assert min(text_of(reply), default="~") >= "~", "no letter of ASCII"
+        for seed in range(4):
+            out = HybridEngine(lm).generate([prompt], 300, 2.0, eos_token_id=ends, seed=seed)
+            usage = client.chat(seed=seed, max_tokens=300, temperature=2).json()["usage"]
+            assert usage["completion_tokens"] == int(out.answer_lens)
+            seen.add(int(out.tokens[0, -1]))
+    assert seen >= set(ends)
 
 
 def test_a_stop_string_ends_the_row_and_is_not_said(client):
@@ -218,10 +222,9 @@ def test_votes_are_rows_that_reward_py_trains_on(lm, tmp_path):
         vote("right", "bad", "Human: a\n\nAssistant: b")
         vote("tie", "good", "bad")
         assert vote("left", "same", "same") == {"wins": {"lm": 1, "other": 1}, "ties": 2}
-    bad = []
-    rows = [example for _, example in data.read_examples(str(path), bad)]
-    assert not bad and all(row.messages == ASK for row in rows)
-    said = [data.answers_for("reward", row) for row in rows]
+    rows = [data.as_example(row) for row in data.read(str(path))]
+    assert all(row.messages == ASK for row in rows)
+    said = [row.for_step("reward") for row in rows]
     assert [[m["content"] for m in answers] for answers in said[:2]] == [
         ["good", "bad"], ["Human: a\n\nAssistant: b", "bad"]]
     assert said[2:] == [None, None], "a tie is no comparison"
