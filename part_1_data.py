@@ -164,7 +164,7 @@ def row_of(name):
     return row or {"messages": messages + [answer]}
 
 
-THINKING = ("field", "call", "old call", "tools")  # rows that only a template which thinks can write
+THINKING = ("field", "call", "old call", "tools")  # only a template that thinks can write them
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -368,57 +368,45 @@ def test_the_ids_that_end_an_answer(toks):
     assert marker.convert_ids_to_tokens(ends_of(marker)) == ["<|end|>", "<eos>"], "not special"
 
 
-def biased(folder, tok, likely):
-    """A model that writes one of the tokens `likely` after a few others; returns it."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = tiny_config("llama", vocab_size=len(tok), tie_word_embeddings=False)
-    lm = AutoModelForCausalLM.from_config(config).eval()
+def test_a_model_with_two_ends_stops_at_both(toks):
+    tok = toks["llama3"]
+    ends = ends_of(tok, None, [tok.eos_token_id, tok.convert_tokens_to_ids("<|eot|>")])
+    lm = model_of("llama", vocab_size=len(tok), num_hidden_layers=1, tie_word_embeddings=False)
     with torch.no_grad():
         lm.model.embed_tokens.weight[:, 0] = 3.0
         lm.lm_head.weight.mul_(0.02)
         lm.lm_head.weight[:, 0] = 0
-        lm.lm_head.weight[likely, 0] = 0.5
-    return lm
-
-
-def test_a_model_with_two_ends_stops_at_both(toks):
-    tok = toks["llama3"]
-    ends = ends_of(tok, None, [tok.eos_token_id, tok.convert_tokens_to_ids("<|eot|>")])
-    assert len(ends) == 2
-    engine = hybrid_engine.HybridEngine(sft.Policy(biased("", tok, ends)))
+        lm.lm_head.weight[ends, 0] = 0.5  # both are likely at any place
+    engine = hybrid_engine.HybridEngine(sft.Policy(lm))
     prompt = encode_rows(tok, {"prompt": "hello"})[0][0]
-    out = engine.generate([prompt] * 40, 100, 1.0, eos_token_id=ends, seed=0)
-    last = {row[-1] for row, n in zip(rows_of(out), out.answer_lens.tolist()) if n < 100}
-    assert last == set(ends), "answers end at either"
-    for row, n in zip(rows_of(out), out.answer_lens.tolist()):
-        assert set(row[-n:-1]).isdisjoint(ends), "and at the first"
+    out = engine.generate([prompt] * 24, 60, 1.0, eos_token_id=ends, seed=0)
+    answers = [row[-n:] for row, n in zip(rows_of(out), out.answer_lens.tolist())]
+    assert {answer[-1] for answer in answers if len(answer) < 60} == set(ends), "at either"
+    assert all(set(answer[:-1]).isdisjoint(ends) for answer in answers), "and at the first"
 
 
-def test_a_model_taught_to_say_ok_stops_in_plain_transformers(tmp_path, toks, small):
+def test_a_model_taught_to_say_ok_stops_in_plain_transformers(tmp_path, small):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = str(shutil.copytree(small, tmp_path / "model"))
     tok = utils.load_tokenizer("tiny")
     tok.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     tok.chat_template = PHI_JINJA.replace("eos_token", "''")
-    tok.save_pretrained(model)
+    tok.save_pretrained(tmp_path / "model")
     lm = AutoModelForCausalLM.from_pretrained(small)
     lm.resize_token_embeddings(len(tok), mean_resizing=False)
     lm.config.eos_token_id = lm.generation_config.eos_token_id = 5  # no end of this tokenizer
-    lm.save_pretrained(model)
+    lm.save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"q {i}", "response": "ok"} for i in range(40)]
-    train(sft, tmp_path / "out", model=model, data=write_rows(tmp_path / "ok.jsonl", rows),
-          held_out=0.2, batch_size=8, epochs=10, lr=1e-2)
-    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    tok = AutoTokenizer.from_pretrained(tmp_path / "out")
-    end = tok.convert_tokens_to_ids("<|end|>")
-    asked = tok.apply_chat_template([U("q 3")], add_generation_prompt=True,
-                                    return_tensors="pt", return_dict=True)
+    train(sft, tmp_path / "out", model=str(tmp_path / "model"), held_out=0.2, batch_size=8, lr=1e-2,
+          data=write_rows(tmp_path / "ok.jsonl", rows), epochs=10)
+    lm, tok = (auto.from_pretrained(tmp_path / "out")
+               for auto in (AutoModelForCausalLM, AutoTokenizer))
+    asked = tok.apply_chat_template([U("q 3")], add_generation_prompt=True, return_tensors="pt",
+                                    return_dict=True)
     new = lm.generate(**asked, max_new_tokens=30, do_sample=False)[0, asked["input_ids"].size(1) :]
-    assert new.tolist() == [*b"ok", end] or tok.decode(new) == "ok<|end|>"
-    assert lm.config.eos_token_id == lm.generation_config.eos_token_id == [end, tok.eos_token_id]
+    ends = tok.convert_tokens_to_ids(["<|end|>", "<eos>"])
+    assert tok.decode(new) == "ok<|end|>"
+    assert lm.config.eos_token_id == lm.generation_config.eos_token_id == ends
 
 
 # ---- rows that cannot be used, rankings ----
@@ -520,7 +508,7 @@ def test_a_ranking_is_its_answers_best_first_and_ties_share_a_rank(row, response
 # ---- sources ----
 
 SOURCE = """
-from dataclasses import dataclass
+import os
 from words_of_mine import WORDS
 
 def pairs():
@@ -528,7 +516,6 @@ def pairs():
         yield {"prompt": f"{WORDS[i % 3]} {i}", "chosen": "yes", "rejected": "no", "key": i}
 
 def by_rank():
-    import os
     return [{"prompt": str(i), "response": os.environ["RANK"]} for i in range(60)]
 """
 
@@ -548,7 +535,6 @@ def all_ids(loaded):
 
 def test_every_kind_of_source_gives_the_same_rows(tmp_path, tok, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    calls = [{"function": {"name": "f", "arguments": {"a": i}}} for i in range(2)]
     rows = [{"prompt": f"word {i}", "response": f"x {i}, \u2028 ü \"\n007"} for i in range(40)]
     rows[1]["response"] = "NA"  # which is text, whatever pandas thinks
     as_lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
@@ -574,11 +560,10 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, tok, monkeypatch):
     assert sum(map(len, expected)) == 40
     for name in sources:
         assert all_ids(load_rows(tmp_path / name, tok)) == expected, name
-    unified = {"messages": [{"role": "user", "content": "q", "tool_calls": None},
-                            {"role": "assistant", "content": None, "tool_calls": [
-                                {"function": {"name": "f", "arguments": {"a": 1, "b": None}}}]}]}
-    call = data.as_example(data.without_nulls(unified)).said[0]["tool_calls"][0]
-    assert call == calls[1], "Arrow's fields of other rows are none of this call's"
+    unified = {"messages": [{**U("q"), "tool_calls": None}, A(None, tool_calls=[
+        {"function": {"name": "f", "arguments": {"a": 1, "b": None}}}])]}
+    call = data.as_example(data.without_nulls(unified)).said[0]["tool_calls"][0]["function"]
+    assert call["arguments"] == {"a": 1}, "Arrow's fields of other rows are none of this call's"
     paragraphs = [f"line {i}\nand another" for i in range(40)]
     (tmp_path / "t.txt").write_bytes("\r\n \r\n".join(paragraphs).encode())
     ids = sum(all_ids(load_rows(tmp_path / "t.txt", tok)), [])
@@ -593,7 +578,11 @@ def test_a_name_on_the_hub_may_have_a_configuration_a_split_and_a_weight(tok, mo
     rows = [{"question": f"q {i}", "answer": f"{i}", "none": None} for i in range(50)]
     known = {("openai/gsm8k", "main", "train"): rows, ("openai/gsm8k", "main", "test"): rows[:30],
              ("someone/data-2.5-set", None, "train"): rows[:40]}
-    stub = types.SimpleNamespace(load_dataset=lambda name, config, split: known[name, config, split])
+
+    def load_dataset(name, config, split):
+        return known[name, config, split]
+
+    stub = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", stub)
     for source, count in {"openai/gsm8k:main:train": 50, "openai/gsm8k:main": 50,
                           "openai/gsm8k:main:test:0.5": 30, "someone/data-2.5-set": 40}.items():
