@@ -220,39 +220,33 @@ def test_a_token_that_lies_over_the_seam_is_encoded_again_as_a_continuation(toks
 @pytest.mark.parametrize("name", UNTHINKING)
 def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
     hh = "Be kind.\n\nHuman: a b c d e f g\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    system = {"role": "system", "content": "Be kind."}
-    talk = [system, U("a b c d e f g"), A("b"), U("c")]
+    kind, asked = {"system": "Be kind."}, hh.removesuffix("\n\nAssistant:")
+    talk = [{"role": "system", "content": "Be kind."}, U("a b c d e f g"), A("b"), U("c")]
     yes, no = [A("yes")], [A("no")]
     rest = {"chosen": "yes", "rejected": "no"}
+    texts = {"chosen": hh + " yes", "rejected": hh + " no"}
+    whole = {"chosen": talk + yes, "rejected": talk + no}
     old = {"user": "human", "assistant": "gpt"}
     sharegpt = [{"from": old.get(m["role"], "system"), "value": m["content"]} for m in talk + yes]
     parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in talk]
+    titled = [{**m, "role": m["role"].title(), "tool_calls": None} for m in talk]
     rows = [
-        {"prompt": talk, **rest},
-        {"messages": talk, **rest},
-        {"messages": json.dumps(talk), **rest},
-        {"prompt": hh, **rest},
-        {"prompt": hh.replace("\n", "\r\n"), **rest},
-        {"prompt": hh, "chosen": " yes", "rejected": " no"},
-        {"prompt": hh, "chosen": hh + " yes", "rejected": hh + " no"},
-        {"prompt": hh.removesuffix("\n\nAssistant:"), "chosen": hh + " yes", "rejected": hh + "no"},
-        {"chosen": hh + " yes", "rejected": hh + " no"},
-        {"prompt": "c", "chosen": hh + " yes", "rejected": hh + " no"},
-        {"chosen": talk + yes, "rejected": talk + no},
-        {"prompt": "c", "chosen": talk + yes, "rejected": talk + no},
+        {"prompt": talk, **rest}, {"messages": talk, **rest}, {"messages": titled, **rest},
+        {"messages": json.dumps(talk), **rest}, {"prompt": hh, **rest},
+        {"prompt": hh.replace("\n", "\r\n"), **rest}, {"prompt": asked, **texts},
+        {"prompt": hh, "chosen": " yes", "rejected": " no"}, {"prompt": hh, **texts}, texts,
+        {"prompt": "c", **texts}, whole, {"prompt": "c", **whole}, {"prompt": talk, **whole},
         {"prompt": talk, "chosen": talk[3:] + yes, "rejected": talk[3:] + no},
         {"prompt": talk[:2], "chosen": talk[2:] + yes, "rejected": talk[2:] + no},
         {"prompt": talk, "chosen": yes, "rejected": no[0]},
         {"prompt": "c", "chosen": yes, "rejected": talk + no},
-        {"system": "Be kind.", "prompt": talk[1:], "answers": ["no", "yes"], "scores": [0, 2.5]},
-        {"system": "Be kind.", "prompt": talk, "answers": ("no", "yes"), "ranks": ["10", "9"]},
+        {**kind, "prompt": talk[1:], "answers": ["no", "yes"], "scores": [0, 2.5]},
+        {**kind, "prompt": talk, "answers": ("no", "yes"), "ranks": ["10", "9"]},
         {"system_prompt": "Be kind.", "history": [["a b c d e f g", "b"]], "question": "c", **rest},
-        {"system": "Be kind.", "history": talk[1:3], "instruction": "c", "input": "", **rest},
+        {**kind, "history": talk[1:3], "instruction": "c", "input": "", "tools": "", **rest},
         {"history": json.dumps(talk[:3]), "prompt": talk, **rest},
-        {"conversations": sharegpt, **rest},
-        {"system": "Be kind.", "conversations": sharegpt[1:], **rest},
+        {"conversations": sharegpt, **rest}, {**kind, "conversations": sharegpt[1:], **rest},
         {"messages": parts, "completion": yes, **rest},
-        {"messages": [{**m, "role": m["role"].title(), "tool_calls": None} for m in talk], **rest},
     ]
     results = encode_rows(toks[name], *rows)
     for row, result in zip(rows, results):
@@ -344,8 +338,6 @@ def test_our_template_writes_bos_once_where_the_tokenizer_does(toks):
     opt = train_tokenizer(None, bos="<eos>")  # one id for both
     (prompt, (answer,), _), = encode_rows(opt, {"prompt": "hi", "response": "a"})
     assert prompt + answer == opt("Human: hi\nAssistant: a")["input_ids"] + [opt.eos_token_id]
-    assert utils.load_tokenizer("tiny").decode(encode_rows(toks["bytes"], {"prompt": "x"})[0][0]) \
-        == "Human: x\nAssistant:", "none where the tokenizer writes none"
 
 
 # ---- the end ----
@@ -379,9 +371,9 @@ def test_a_model_with_two_ends_stops_at_both(toks):
         lm.lm_head.weight[ends, 0] = 0.5  # both are likely at any place
     engine = hybrid_engine.HybridEngine(sft.Policy(lm))
     prompt = encode_rows(tok, {"prompt": "hello"})[0][0]
-    out = engine.generate([prompt] * 24, 60, 1.0, eos_token_id=ends, seed=0)
+    out = engine.generate([prompt] * 12, 40, 1.0, eos_token_id=ends, seed=0)
     answers = [row[-n:] for row, n in zip(rows_of(out), out.answer_lens.tolist())]
-    assert {answer[-1] for answer in answers if len(answer) < 60} == set(ends), "at either"
+    assert {answer[-1] for answer in answers if len(answer) < 40} == set(ends), "at either"
     assert all(set(answer[:-1]).isdisjoint(ends) for answer in answers), "and at the first"
 
 
@@ -438,14 +430,15 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
     assert "no role" in str(result), "our template takes nobody for a user"
 
 
+CALL_OF_NOTHING = {"function": {"name": "f", "arguments": "no JSON"}}
+DIALOGUES = {"chosen": "\n\nHuman: a\n\nAssistant: c", "rejected": "\n\nHuman: b\n\nAssistant: r"}
 BAD_ROWS = [
     {"foo": "x"}, {"prompt": None}, {"text": None}, {"prompt": ["a"]}, {"messages": []}, [1, 2],
-    {"prompt": "q", "response": True}, {"prompt": "q", "response": 3}, {"messages": 3},
-    {"messages": [U("q"), A(None)]},
-    {"messages": [{"role": "user"}, A("x")]}, {"messages": [{"content": "a"}]},
+    {"prompt": "q", "response": True}, {"prompt": "q", "response": 3}, {"messages": 3}, DIALOGUES,
+    {"messages": [U("q"), A(None)]}, {"messages": [{"role": "user"}, A("x")]},
+    {"messages": [{"content": "a"}]}, {"prompt": "\ud800", "response": "x"},
     {"chosen": [U("q"), A("x")], "rejected": [U("p"), A("y")]},
-    {"chosen": "\n\nHuman: a\n\nAssistant: c", "rejected": "\n\nHuman: b\n\nAssistant: r"},
-    {"chosen": "Plum", "rejected": "No"}, {"prompt": "\ud800", "response": "x"},
+    {"chosen": "Plum", "rejected": "No"},
     {"prompt": "p", "chosen": [U("p")], "rejected": [U("p")]},
     {"prompt": [U([{"type": "image", "text": "", "url": "x"}])], "response": "x"},
     {"prompt": "q", "answers": ["x", "y"], "scores": [1, math.nan]},
@@ -454,8 +447,7 @@ BAD_ROWS = [
     {"prompt": "q", "answers": ["x", None], "ranks": [1, 2]},
     {"prompt": "q", "response": "x", "history": "hi"},
     {"prompt": "q", "response": "x", "history": ["hi", "there", "you"]},
-    {"messages": [U("q"), A("", tool_calls=[{"function": {
-        "name": "f", "arguments": "no JSON"}}])]},
+    {"messages": [U("q"), A("", tool_calls=[CALL_OF_NOTHING])]},
 ]
 
 
@@ -499,10 +491,6 @@ def test_a_ranking_is_its_answers_best_first_and_ties_share_a_rank(row, response
     said = [answer["content"] for answer in example.said]
     assert said[:1] == ([] if response is None else [response])
     assert list(zip(said[-len(example.ranks) :], example.ranks)) == ranked
-    loaded = data.Rows()
-    arrays = encode_rows(utils.load_tokenizer("tiny"), {"prompt": "p", **row})[0][1]
-    loaded.add([1, 2], arrays, example.ranks, example.fields, 0)
-    assert loaded.lengths()[0] == 2 + max(map(len, arrays), default=0)
 
 
 # ---- sources ----
@@ -655,15 +643,13 @@ def test_toy_is_exactly_checkable_and_a_third_of_its_demonstrations_is_wrong():
     assert 0.62 < np.mean(right) < 0.68
     assert set(data.toy_correct(prompts, [row["chosen"] for row in rows])) == {1.0}
     assert set(data.toy_correct(prompts, [row["rejected"] for row in rows])) == {0.0}
-    judged = {
-        ("reverse abc", "cba"): 1, ("upper abc", "ABC"): 1, ("sort cab", " abc\n"): 1,
-        ("first abc", "ab"): 0, ("Q: copy abc A:", "abcc"): 0, ("[INST] last abc [/INST]", "c"): 1,
-        ("Human: copy abc\nAssistant: abc\nHuman: upper abc\nAssistant:", "ABC"): 1,
-        ("user\ncopy abc\nassistant\n", "abc"): 1,
-        ("Human: what is your last name?\nAssistant:", "x"): None,
-        ("The first time I saw it", "x"): None, ("copy this text", "this"): None, ("", ""): None,
-    }
-    for (prompt, completion), score in judged.items():
+    for prompt, completion, score in (
+            ("reverse abc", "cba", 1), ("sort cab", " abc\n", 1), ("first abc", "ab", 0),
+            ("Q: copy abc A:", "abcc", 0), ("[INST] last abc [/INST]", "c", 1),
+            ("Human: copy abc\nAssistant: abc\nHuman: upper abc\nAssistant:", "ABC", 1),
+            ("user\ncopy abc\nassistant\n", "abc", 1), ("copy this text", "this", None),
+            ("Human: what is your last name?\nAssistant:", "x", None), ("", "", None),
+            ("The first time I saw it", "x", None)):
         assert data.toy_correct([prompt], [completion]) == [score], prompt
 
 
