@@ -415,8 +415,8 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
         {"messages": [U("q"), A("x", reasoning_content="\ud800")]},
         {"prompt": "q", "response": "x\ud800"},
         {"prompt": "q", "response": "a"})
-    reasons = ("in the middle", "no critics", "not write tool_calls", "not write tools",
-               "not write reasoning_content", "surrogates")
+    reasons = ("in the middle", "no critics", "not write 'tool_calls'", "not write 'tools'",
+               "not write 'reasoning_content'", "surrogates")
     for result, reason in zip(results, reasons):
         assert isinstance(result, Exception) and reason in str(result)
     assert not isinstance(results[-1], Exception)
@@ -426,6 +426,8 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
     for row in ("turns", "thought", "result"):
         (result,) = encode_rows(tok, row_of(row))
         assert "does not write" in str(result), "it loses the system's words, a thought, a result"
+    (result,) = encode_rows(toks["think"], {"prompt": "a </think> b", "response": "x"})
+    assert "does not write 'a </think> b'" in str(result), "nor half of a user's words"
     (result,) = encode_rows(toks["bytes"], {"messages": [{"role": "critic", "content": "c"}]})
     assert "no role" in str(result), "our template takes nobody for a user"
 
