@@ -326,8 +326,11 @@ def test_literal_texts_of_prompt_and_answer(template, row, prompt, answer):
 
 def test_our_template_writes_bos_once_where_the_tokenizer_does(toks):
     tok = toks["prefix"]
-    (prompt, (answer,), _), = encode_rows(tok, {"prompt": "hi 0", "response": "yo 0"})
-    assert prompt + answer == tok("Human: hi 0\nAssistant: yo 0")["input_ids"] + [tok.eos_token_id]
+    for template, text in (("Q: {prompt}\\nA:\\n", "Q: hi 0\nA:\nyo 0"),
+                           (utils.TEMPLATE, "Human: hi 0\nAssistant: yo 0")):
+        tok.chat_template = utils.chat_template(template, tok)
+        (prompt, (answer,), _), = encode_rows(tok, {"prompt": "hi 0", "response": "yo 0"})
+        assert prompt + answer == tok(text)["input_ids"] + [tok.eos_token_id]
     tok.chat_template = utils.chat_template("{prompt}", tok)
     for text in ("hi 0", "<s>hi 0"):
         (again, _, _), = encode_rows(tok, {"prompt": text, "response": "yo"})
