@@ -424,11 +424,11 @@ def launch_kernels(D, K, E, V, dtype, is_llama):
     if not is_llama:
         spec = AttentionSpec(0.1, window=1024, slopes=empty(32, dtype=torch.float32))
     q, k = empty(64, 32, D, dtype=dtype), empty(64, K, D, dtype=dtype)
-    cache = empty(256, K, 4096, D, dtype=dtype)
+    cache = empty(256, K, 512, D, dtype=dtype)
     for B in range(1, 65):
         kernels.prefill_attention_triton(q, k, k, empty(B + 1, dtype=torch.int32), spec)
         kernels.decode_attention_triton(q[:B], cache, cache, empty(B), spec)
-    cos = empty(4096, D // 2, dtype=torch.float32) if is_llama else None
+    cos = empty(512, D // 2, dtype=torch.float32) if is_llama else None
     kernels.rope_and_cache_triton(q, k, k, cache, cache, empty(64), empty(64), cos, cos)
     x = empty(64, E, dtype=dtype)
     kernels.add_norm_triton(x, x, x[0], None if is_llama else x[0], 1e-5, is_llama)
