@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 import kernels
 import utils
 from hybrid_engine import HybridEngine
-from tools.plan import find_config
+from tools.plan import Net, find_config
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -164,6 +165,9 @@ def transformers_generate_batch(lm, prompts, new_tokens, ends):
     return sum(len(output.generated_tokens) for output in outputs.values())
 
 
+OTHERS = {"generate": transformers_generate, "generate_batch": transformers_generate_batch}
+
+
 @torch.no_grad()
 def generate(cfg):
     """Sampled tokens per second, prefill included."""
@@ -171,6 +175,7 @@ def generate(cfg):
     engine = HybridEngine(lm)
     V = lm.config.vocab_size
     row = {"model": cfg.model, "vocabulary": V, "prompts": cfg.batch}
+    sides = {}  # name: function of a seed that returns the number of sampled tokens
     if cfg.lengths:
         shortest, longest = map(int, cfg.lengths.split(".."))
         prompts, answer_lens = nano_vllm_requests(cfg.batch, shortest, longest, V)
@@ -179,36 +184,31 @@ def generate(cfg):
         def ours(seed):
             out = generate_lengths(engine, prompts, answer_lens, 0.6, seed)
             return int(out.answer_lens.sum())
-
-        sides = {"hybrid": ours}
     else:
         # Random weights sample nearly uniformly: a 32nd of the vocabulary ends a row.
         ends = list(range(V // 32)) if cfg.ragged else None
-        generator = torch.Generator().manual_seed(cfg.seed)
-        shape = (cfg.batch, cfg.prompt_len)
-        prompts = torch.randint(V // 32, V, shape, generator=generator).tolist()
+        g = torch.Generator().manual_seed(cfg.seed)
+        prompts = torch.randint(V // 32, V, (cfg.batch, cfg.prompt_len), generator=g).tolist()
         row |= {"prompt_len": cfg.prompt_len, "new_tokens": cfg.new_tokens, "ragged": cfg.ragged}
 
         def ours(seed):
             out = engine.generate(prompts, cfg.new_tokens, eos_token_id=ends, seed=seed)
             return int(out.answer_lens.sum())
 
-        others = {"generate": transformers_generate, "generate_batch": transformers_generate_batch}
-        sides = {"hybrid": ours}
         for name in filter(None, cfg.against.split(",")):
-            sides[name] = lambda _, f=others[name]: f(lm, prompts, cfg.new_tokens, ends)
-    measured = alternate(sides, cfg.turns)
+            sides[name] = lambda seed, f=OTHERS[name]: f(lm, prompts, cfg.new_tokens, ends)
+    measured = alternate({"hybrid": ours} | sides, cfg.turns)
     if "generate_batch" in sides:
         lm.destroy_cached_continuous_batching_manager()
-    ours_s = [seconds / tokens for seconds, tokens in measured["hybrid"]]  # per token
-    for name, results in measured.items():
-        per_token = [seconds / tokens for seconds, tokens in results]
-        ratios = [a / b for a, b in zip(per_token, ours_s)]
-        record(cfg, job="generate", side=name, **row,
-               mean_length=statistics.mean(tokens for _, tokens in results) / cfg.batch,
-               tokens_per_s=1 / statistics.median(per_token),
+    per_token = {}  # seconds of each turn
+    for name, turns in measured.items():
+        per_token[name] = [seconds / tokens for seconds, tokens in turns]
+        ratios = [a / b for a, b in zip(per_token[name], per_token["hybrid"])]
+        sampled = statistics.mean(tokens for _, tokens in turns)
+        record(cfg, job="generate", side=name, **row, mean_length=sampled / cfg.batch,
+               tokens_per_s=1 / statistics.median(per_token[name]),
                hybrid_is_faster_by=statistics.median(ratios),
-               runs=[round(1 / x) for x in per_token])
+               runs=[round(1 / x) for x in per_token[name]])
 
 
 # -----------------------------------------------------------------------------
@@ -216,8 +216,7 @@ def generate(cfg):
 
 
 def tokenizer_with(V):
-    """The built-in tokenizer of bytes with as many words as a model has, so that all are sampled.
-    """
+    """The built-in tokenizer, with a word for every id of a model, so that all are sampled."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -282,10 +281,7 @@ def ppo(cfg):
         lines = (folder / "out/metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row["step"] > 1]  # 0 is an evaluation, 1 warms up
-    medians = {}
-    for name in COLUMNS:
-        if name in rows[0]:
-            medians[name] = statistics.median(row[name] for row in rows)
+    medians = {name: statistics.median(row[name] for row in rows) for name in COLUMNS}
     record(
         cfg, job="ppo", engine=cfg.engine, model=cfg.model, critic=cfg.critic or cfg.model,
         batch=cfg.batch, prompt_len=cfg.prompt_len, new_tokens=cfg.new_tokens, ragged=cfg.ragged,
@@ -314,48 +310,55 @@ def seconds_per_call(function):
         calls *= 2
 
 
-def kernel_cases(config, B, P, T, dtype):
-    """Yields a name, our function, what PyTorch has for it, and the bytes that must move."""
-    E, H, V = config.hidden_size, config.num_attention_heads, config.vocab_size
-    K = getattr(config, "num_key_value_heads", None) or H
-    D = getattr(config, "head_dim", None) or E // H
-    M = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 4 * E)
+def kernel_cases(name, B, P, T, dtype):
+    """Yields, at the shapes of a model, a name, our function, what PyTorch has for it, and the
+    bytes that must move."""
+    net = Net(name)
+    E, V, H, K, D = net.E, net.V, net.H, net.K, net.D
 
     def randn(*size):
         return torch.randn(*size, device=DEVICE, dtype=dtype)
 
-    slots = torch.arange(B, device=DEVICE)
-    x, up, head = randn(B, E), randn(M, E), randn(V, E)
-    yield ("linear", lambda: kernels.linear(x, up), lambda: F.linear(x, up), up.nbytes)
-    yield ("output layer", lambda: kernels.linear(x, head), lambda: F.linear(x, head), head.nbytes)
+    x = randn(B, E)
+    for kernel, outputs in (("linear", net.M), ("output layer", V)):
+        w = randn(outputs, E)
+        yield kernel, partial(kernels.linear, x, w), partial(F.linear, x, w), w.nbytes
 
     spec = kernels.AttentionSpec(D**-0.5)
-    q, k, v = randn(B * P, H, D), randn(B * P, K, D), randn(B * P, K, D)
+    attention = partial(F.scaled_dot_product_attention, enable_gqa=H != K)
+    q = randn(B * P, H, D)
+    k = randn(B * P, K, D)
+    v = randn(B * P, K, D)
     cu_seqlens = torch.arange(0, B * P + 1, P, dtype=torch.int32, device=DEVICE)
-    q4, k4, v4 = (x.view(B, P, -1, D).transpose(1, 2) for x in (q, k, v))           # (B, H, P, D)
+    batch = [y.view(B, P, -1, D).transpose(1, 2) for y in (q, k, v)]                # (B, H, P, D)
     yield ("prefill attention",
-           lambda: kernels.prefill_attention(q, k, v, cu_seqlens, spec),
-           lambda: F.scaled_dot_product_attention(q4, k4, v4, is_causal=True, enable_gqa=H != K),
+           partial(kernels.prefill_attention, q, k, v, cu_seqlens, spec),
+           partial(attention, *batch, is_causal=True),
            2 * q.nbytes + k.nbytes + v.nbytes)
 
-    q1 = randn(B, H, D)
-    k_cache, v_cache = randn(B, K, T, D), randn(B, K, T, D)
-    lengths = torch.full_like(slots, T)
+    q = randn(B, H, D)
+    k = randn(B, K, T, D)
+    v = randn(B, K, T, D)
+    slots = torch.arange(B, device=DEVICE)
     yield ("decode attention",
-           lambda: kernels.decode_attention(q1, k_cache, v_cache, lengths, spec),
-           lambda: F.scaled_dot_product_attention(q1[:, :, None], k_cache, v_cache,
-                                                  enable_gqa=H != K),
-           k_cache.nbytes + v_cache.nbytes)
+           partial(kernels.decode_attention, q, k, v, torch.full_like(slots, T), spec),
+           partial(attention, q[:, :, None], k, v),
+           k.nbytes + v.nbytes)
 
-    stream, residual, weight, bias = randn(B * P, E), randn(B * P, E), randn(E), randn(E)
+    x = randn(B * P, E)
+    residual = randn(B * P, E)
+    weight = randn(E)
+    bias = randn(E)
     yield ("add and norm",
-           lambda: kernels.add_norm(stream, residual, weight, bias, 1e-5, False),
-           lambda: F.layer_norm(stream + residual, (E,), weight, bias), 4 * stream.nbytes)
+           partial(kernels.add_norm, x, residual, weight, bias, 1e-5, False),
+           lambda: F.layer_norm(x + residual, (E,), weight, bias),
+           4 * x.nbytes)
 
     logits = randn(B, V)
-    rows = kernels.Rows(tokens=slots.new_zeros(B, 2), logprobs=torch.zeros(B, 2, device=DEVICE),
-                        lengths=torch.ones_like(slots), max_lengths=torch.full_like(slots, 9),
-                        keys=slots, done=torch.zeros_like(slots, dtype=torch.bool))
+    rows = kernels.Rows(
+        tokens=slots.new_zeros(B, 2), logprobs=torch.zeros(B, 2, device=DEVICE),
+        lengths=torch.ones_like(slots), max_lengths=torch.full_like(slots, 9), keys=slots,
+        done=torch.zeros_like(slots, dtype=torch.bool))
 
     def sample():
         rows.lengths.fill_(1)
@@ -366,13 +369,14 @@ def kernel_cases(config, B, P, T, dtype):
         tokens = torch.multinomial(logprobs.exp(), 1)
         return tokens, logprobs.gather(1, tokens)
 
-    yield ("sampling", sample, sample_by_pytorch, logits.nbytes)
+    yield "sampling", sample, sample_by_pytorch, logits.nbytes
 
-    hidden, targets = 0.02 * randn(B * P, E), torch.randint(V, (B * P,), device=DEVICE)
+    hidden = 0.02 * randn(B * P, E)
+    targets = torch.randint(V, (B * P,), device=DEVICE)
     yield ("log-probabilities",
-           lambda: kernels.token_logprobs(hidden, head, targets),
-           lambda: -F.cross_entropy((hidden @ head.T).float(), targets, reduction="none"),
-           head.nbytes + hidden.nbytes)
+           partial(kernels.token_logprobs, hidden, w, targets),
+           lambda: -F.cross_entropy((hidden @ w.T).float(), targets, reduction="none"),
+           w.nbytes + hidden.nbytes)
 
 
 @torch.no_grad()
@@ -380,21 +384,17 @@ def kernels_job(cfg):
     """Microseconds of the functions of kernels.py and of PyTorch at the shapes of a model."""
     dtype = utils.dtype_of(cfg.dtype)
     T = cfg.prompt_len + cfg.new_tokens
-    for case in kernel_cases(find_config(cfg.model), cfg.batch, cfg.prompt_len, T, dtype):
-        name, ours, pytorch, moved = case
-        seconds = {"ours": [], "pytorch": []}
-        for _ in range(cfg.turns):
-            seconds["ours"].append(seconds_per_call(ours))
-            seconds["pytorch"].append(seconds_per_call(pytorch))
-        us = {side: 1e6 * statistics.median(x) for side, x in seconds.items()}
+    for case in kernel_cases(cfg.model, cfg.batch, cfg.prompt_len, T, dtype):
+        name, *sides, moved = case
+        turns = [list(map(seconds_per_call, sides)) for _ in range(cfg.turns)]
+        us, pytorch_us = (1e6 * statistics.median(seconds) for seconds in zip(*turns))
         record(cfg, job="kernels", kernel=name, model=cfg.model, batch=cfg.batch, length=T,
-               us=us["ours"], pytorch_us=us["pytorch"], gb_per_s=moved / us["ours"] / 1e3)
+               us=us, pytorch_us=pytorch_us, gb_per_s=moved / us / 1e3)
 
 
 JOBS = {"generate": generate, "ppo": ppo, "kernels": kernels_job}
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [] or sys.argv[1] not in JOBS:
-        sys.exit(f"{__doc__}\nusage: python -m tools.bench {{{','.join(JOBS)}}} --help")
-    arguments = sys.argv[2:]
-    JOBS[sys.argv[1]](utils.parse_args(Config, arguments))
+    if len(sys.argv) < 2 or sys.argv[1] not in JOBS:
+        sys.exit(__doc__)
+    JOBS[sys.argv[1]](utils.parse_args(Config, sys.argv[2:]))
