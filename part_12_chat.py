@@ -4,6 +4,7 @@ import shlex
 import shutil
 
 from prelude import *
+from prelude import long
 
 # -----------------------------------------------------------------------------
 # 12. chat.py, and what a newcomer types first
@@ -78,10 +79,29 @@ def test_chat_prints_a_character_of_several_tokens_when_it_is_whole(talk, monkey
     assert talk(prompt="?") == "né€ ok\n"
 
 
-def test_each_command_of_the_readme_has_flags_that_exist():
+def readme_commands():
+    """[(launcher, script, flags)]"""
     text = (HERE / "README.md").read_text().replace("\\\n", " ")
-    found = re.findall(r"^(?:python|torchrun .*?) (\w+\.py|-m tools\.demo)([^#\n]*)", text, re.M)
-    assert len(found) > 5
-    for script, flags in found:
+    return re.findall(r"^(python|torchrun .*?) (\w+\.py|-m tools\.demo)([^#\n]*)", text, re.M)
+
+
+def test_each_command_of_the_readme_has_flags_that_exist():
+    assert len(readme_commands()) > 5
+    for _, script, flags in readme_commands():
         module = importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
         utils.parse_args(module.Config, shlex.split(flags))
+
+
+@long
+def test_make_demo_and_each_ppo_of_the_readme_after_it_end_better_than_they_began(tmp_path):
+    repo = shutil.copytree(HERE, tmp_path / "repo", ignore=shutil.ignore_patterns(".*", "out"))
+    after = [shlex.split(flags) for launcher, script, flags in readme_commands()
+             if (launcher, script) == ("python", "ppo.py") and "--model" not in flags]
+    for args in (["-m", "tools.demo"], *(["ppo.py", *flags] for flags in after)):
+        code, printed = command(*args, cwd=repo)
+        assert code == 0, printed
+        out = repo / (args[args.index("--out") + 1] if "--out" in args else "out/ppo")
+        rows = read_lines(out / "metrics.jsonl")
+        gold = [row["eval_toy_correct"] for row in rows if "eval_toy_correct" in row]
+        assert gold[-1] > gold[0] + 0.2, (args, gold)
+    assert 0.55 < json.loads((repo / "out/demo/summary.json").read_text())["sft"]["gold"] < 0.7
