@@ -14,7 +14,7 @@ RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.diff"))
 
 
 def git(*args, cwd=HERE):
-    return subprocess.run(["git", *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(["git", *map(str, args)], cwd=cwd).returncode
 
 
 def user(name):
@@ -24,7 +24,7 @@ def user(name):
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
     """recipe("grpo") is the module ppo with grpo.diff applied."""
-    if git("diff", "--quiet", "HEAD", "--", *CORE).returncode:
+    if git("diff", "--quiet", "HEAD", "--", *CORE):
         pytest.skip("the seven files differ from HEAD: do the recipes still apply?")
     modules = {}
 
@@ -32,8 +32,7 @@ def recipe(tmp_path_factory):
         if name not in modules:
             path = tmp_path_factory.mktemp("recipe") / "ppo.py"
             path.write_text((HERE / "ppo.py").read_text())
-            applied = git("apply", *[RECIPES[part] for part in name.split()], cwd=path.parent)
-            assert applied.returncode == 0, applied.stderr
+            assert git("apply", *[RECIPES[part] for part in name.split()], cwd=path.parent) == 0
             spec = importlib.util.spec_from_file_location(f"ppo_{len(modules)}", path)
             modules[name] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(modules[name])
@@ -50,9 +49,6 @@ def test_a_recipe_applies_with_at_most_25_added_lines_and_the_page_has_it(name, 
         added = re.findall(r"^\+(?!\+\+)(.*)", path.read_text(), re.M)
         assert len(added) <= 25 and max(map(len, added)) <= 100
         assert f"({path.name})" in (HERE / "recipes/README.md").read_text()
-
-
-# ---- advantages ----
 
 
 def batch_with_holes(module, B=12, A=7):
@@ -131,9 +127,6 @@ def test_the_advantages_of_a_recipe_are_those_of_a_loop_over_tokens(name, recipe
     torch.testing.assert_close(batch.advantages, expected, rtol=1e-4, atol=1e-4)
 
 
-# ---- losses ----
-
-
 def losses_of_answer(name, log_ratio, advantages, logprobs):
     """What a recipe's loss is a mean of."""
     ratio = log_ratio.exp()
@@ -170,23 +163,20 @@ def test_the_loss_of_a_recipe_is_that_of_a_loop_over_tokens(name, recipe):
     torch.testing.assert_close(*gradients)
 
 
-# ---- runs ----
-
-
 def test_a_tools_words_are_holes_and_the_policy_goes_on_behind_them(recipe, tok, tmp_path):
     utils.init_distributed(0)
     rows = SimpleNamespace(prompts=[np.array([65, 66, 67]), np.array([68, 69])],
                            fields=[{"n": 2}, {"n": 3}], columns=lambda indices: {})
-    tool = "def reply(answer, n):\n    return None if len(answer) % n == 0 else 'ABC'[:n]\n"
+    tool = "def reply(answer, n):\n    return None if len(answer) % 4 == n else 'ABC'[:n]\n"
     (tmp_path / "tool.py").write_text(tool)
     lm = model_of("llama")
     sampler = hybrid_engine.HybridEngine(lm)
     module = recipe("tool-use")
     cfg = module.Config(max_new_tokens=6, respond=f"{tmp_path}/tool.py:reply")
-    ends = list(range(0, 97, 3))  # so that a third of the tokens end an answer
+    ends = list(range(0, 97, 2))  # so that half of the tokens end an answer
     seeds = [hash((3, i)) for i in range(12)]
     batch = module.rollout(sampler, rows, np.array([0, 1] * 6), seeds, cfg, tok, ends)
-    replies = 0
+    cut = 0  # answers that would have called a third time
     for i, seed in enumerate(seeds):  # the second version: one row alone, turn after turn
         prompt, n = rows.prompts[i % 2].tolist(), rows.fields[i % 2]["n"]
         answer, sampled = [], []
@@ -194,17 +184,17 @@ def test_a_tools_words_are_holes_and_the_policy_goes_on_behind_them(recipe, tok,
             out = sampler.generate([prompt + answer], 6, eos_token_id=ends, seed=[seed])
             answer += out.tokens[0, len(prompt) + len(answer) :].tolist()
             sampled += [True] * (len(answer) - len(sampled))
-            if turn == 2 or answer[-1] not in ends or len(tok.decode(answer[:-1])) % n == 0:
+            if turn == 2 or answer[-1] not in ends or len(tok.decode(answer[:-1])) % 4 == n:
                 break
             answer += tok("ABC"[:n])["input_ids"]
             sampled += [False] * n
-            replies += 1
         N = len(answer)
+        cut += turn == 2 and answer[-1] in ends
         assert batch.tokens[i, : len(prompt) + N].tolist() == prompt + answer
         assert batch.mask[i].tolist() == sampled + [False] * (batch.mask.size(1) - N)
         expected = plain_logprobs(lm, prompt + answer, len(prompt)) * torch.tensor(sampled)
         assert batch.sample_logprobs[i, :N].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
-    assert replies > 3
+    assert cut > 0
 
 
 @long
@@ -226,16 +216,14 @@ def test_a_recipe_trains_and_changes_what_is_learned(name, recipe, chain, toy_fi
     # in fp32, without a ratio of 1.2 so early; and no answer to toy has a call
     same = ("sampler-logprobs", "truncated-is", "clip-higher", "tool-use")
     what = "critic_loss" if name in ("sao", "adaptive-kl") else "eval_kl"
-    assert (metrics[2][what] == pytest.approx(plain[2][what], rel=1e-6)) == (name in same)
+    assert metrics[2][what] != plain[2][what] or name in same
+    assert metrics[2][what] == pytest.approx(plain[2][what], rel=1e-4) or name not in same
     if name == "sao":  # in its warm-up the actor is plain PPO's
         assert metrics[1]["entropy"] == pytest.approx(plain[1]["entropy"])
     if name == "dynamic-sampling":
         assert metrics[1]["unjudged"] == flags["batch_size"]
     if name == "adaptive-kl":
         assert metrics[1]["kl_coef"] == 0.05 > metrics[2]["kl_coef"]
-
-
-# ---- user files ----
 
 
 def judge(function, answers, *fields):
