@@ -347,10 +347,14 @@ def test_a_decode_step_never_waits_for_the_host_nor_mixes_devices(kind, monkeypa
         """Indexing of a CUDA tensor asks for a driver: here it is made of views."""
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is not torch.Tensor.__getitem__:
+            if func is torch.Tensor.__invert__:
+                return torch.logical_not(*args)
+            if func not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
                 return func(*args, **(kwargs or {}))
-            x, keys = args
+            x, keys, *values = args
             keys = keys if isinstance(keys, tuple) else (keys,)
+            if values:
+                return torch.ops.aten.index_put_(x, keys, *values)
             if isinstance(keys[0], torch.Tensor):
                 return torch.ops.aten.index.Tensor(x, keys)
             dim = 0
