@@ -673,6 +673,7 @@ def test_split_divides_rows_by_their_words_whatever_order_and_template(tmp_path,
             parts.setdefault(step, []).append([{f["key"] for f in part.fields} for part in loaded])
     for step in steps:
         assert parts[step][0] == parts[step][1] == parts[step][2], "the words alone decide"
+    assert data.as_example({"prompt": " a\n"}).hash == data.as_example({"prompt": "a"}).hash
     everything = [keys for step in steps for keys in parts[step][0]]
     assert sum(map(len, everything)) == len(set.union(*everything)) == 300, "in one place each"
     assert 35 < sum(map(len, parts["sft"][0])) < 85, "a fifth goes to step 1"
