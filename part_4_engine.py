@@ -327,8 +327,7 @@ def test_the_triton_kernels_take_the_tensors_of_the_engine(kind, graphs_on_a_cpu
     lm = model_of(kind, num_hidden_layers=2)
     prompts = ragged((3, 9)) + ragged((3, 9))[1:]
     want = HybridEngine(lm).generate(prompts, 3, seed=3)
-    for name in ("prefill_attention", "decode_attention", "rope_and_cache", "add_norm",
-                 "sample_next"):
+    for name in ("prefill_attention", "decode_attention", "rope_and_cache", "add_norm"):
         monkeypatch.setattr(kernels, name, getattr(kernels, name + "_triton"))
     monkeypatch.setitem(hybrid_engine.STEPS_PER_SYNC, "cpu", 2)
     got = with_graphs(lm).generate(prompts, 3, seed=3)
@@ -351,8 +350,11 @@ def test_a_decode_step_never_waits_for_the_host_nor_mixes_devices(kind, monkeypa
             if func is not torch.Tensor.__getitem__:
                 return func(*args, **(kwargs or {}))
             x, keys = args
+            keys = keys if isinstance(keys, tuple) else (keys,)
+            if isinstance(keys[0], torch.Tensor):
+                return torch.ops.aten.index.Tensor(x, keys)
             dim = 0
-            for key in keys if isinstance(keys, tuple) else (keys,):
+            for key in keys:
                 if isinstance(key, slice):
                     x = torch.ops.aten.slice.Tensor(x, dim, key.start or 0, key.stop)
                 else:
@@ -379,7 +381,7 @@ def test_a_decode_step_never_waits_for_the_host_nor_mixes_devices(kind, monkeypa
         engine.sampling = (1.0, 0, 1.0)
         engine.prepare(4, 64, None)
         engine.decode_step(4)
-    assert launched.count("decode_kernel") == 3 and launched.count("sample_kernel") == 1
+    assert launched.count("decode_kernel") == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
