@@ -90,11 +90,11 @@ TOKENIZERS = ("bytes", "prefix", "space", "free", "think", "open", "llama3", "r1
 UNTHINKING = [name for name in TOKENIZERS if name != "r1"]  # r1 refuses an answer without a thought
 
 
-def as_user(text):
+def U(text):
     return {"role": "user", "content": text}
 
 
-def as_assistant(text, **more):
+def A(text, **more):
     return {"role": "assistant", "content": text, **more}
 
 
@@ -106,11 +106,20 @@ def ends_of(tok, config=None, generation_config=None):
 
 
 def encode_rows(tok, *rows):
-    """What data.encode gives of rows as they are in a file."""
-    examples = [data.as_example(row) for row in rows]
-    said = [[e.response, *e.answers] if e.response else [] for e in examples]
-    inputs = [(e.messages, answers, e.tools) for e, answers in zip(examples, said)]
-    return data.encode(inputs, tok, ends_of(tok))
+    """What data.encode gives of rows as they are in a file, but with all their answers."""
+    ends = ends_of(tok)
+    out = []
+    for row in rows:
+        example = data.as_example(row)
+        steps = ["sft"] if example.said else ["ppo"]
+        steps += ["reward"] if len(set(example.ranks)) > 1 else []
+        results = [data.encode([example], step, tok, ends)[0] for step in steps]
+        errors = [result for result in results if isinstance(result, Exception)]
+        if not errors:
+            prompt, _, merged = results[0]
+            errors = [(prompt, [ids for _, answers, _ in results for ids in answers], merged)]
+        out.append(errors[0])
+    return out
 
 
 def load_rows(path, tok, step="sft", split="", held_out=0.2, max_len=512):
@@ -122,50 +131,48 @@ def load_rows(path, tok, step="sft", split="", held_out=0.2, max_len=512):
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
 PARSED = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "d"}}
-TURNS = [{"role": "system", "content": "Be brief."}, as_user("a"), as_assistant("b"), as_user("c")]
-TOOL_TURNS = [as_user("q"), as_assistant("l"), {"role": "tool", "content": "sun"}]
-ASK = [as_user("1 + 1?")]
-WHOLE = {  # name: (row, the messages before its answer, its answer)
-    "plain": ({"prompt": "hi there", "response": "a plum"}, [as_user("hi there")],
-              as_assistant("a plum")),
-    "turns": ({"messages": TURNS + [as_assistant("d é 😀")]}, TURNS, as_assistant("d é 😀")),
-    "code": ({"prompt": "def f(x):\n", "response": "    if x:\n\treturn 0\n"},
-             [as_user("def f(x):\n")], as_assistant("    if x:\n\treturn 0\n")),
-    "lines": ({"prompt": "list", "response": "\n- a\r\n- b"}, [as_user("list")],
-              as_assistant("\n- a\r\n- b")),
-    "empty": ({"prompt": "say nothing", "response": ""}, [as_user("say nothing")],
-              as_assistant("")),
-    "space": ({"prompt": "Name a fruit:", "response": " a plum"}, [as_user("Name a fruit:")],
-              as_assistant(" a plum")),
-    "begun": ({"prompt": ASK + [as_assistant("The sum")], "response": " is 2."},
-              ASK + [as_assistant("The sum")], as_assistant(" is 2.")),
-    "inside": ({"prompt": [as_user("who?"), as_assistant("a lit")], "response": "tle girl"},
-               [as_user("who?"), as_assistant("a lit")], as_assistant("tle girl")),
-    "thought": ({"prompt": "1 + 1?", "response": "<think>\nadd\n</think>\n\n2"}, ASK,
-                as_assistant("<think>\nadd\n</think>\n\n2")),
-    "field": ({"messages": ASK + [as_assistant("2", reasoning_content="add")]}, ASK,
-              as_assistant("2", reasoning_content="add")),
-    "no thought": ({"messages": ASK + [as_assistant("2", reasoning_content="", tool_calls=[])]},
-                   ASK, as_assistant("2")),
-    "call": ({"messages": [as_user("weather?"), as_assistant(None, tool_calls=[CALL])]},
-             [as_user("weather?")], as_assistant("", tool_calls=[PARSED])),
-    "old call": ({"messages": [as_user("weather?"), as_assistant(
-        "", function_call=CALL["function"])]},
-        [as_user("weather?")], as_assistant("", tool_calls=[PARSED])),
-    "tools": ({"prompt": "weather?", "response": "a", "tools": json.dumps([TOOL])},
-              [as_user("weather?")], as_assistant("a")),
-    "result": ({"messages": TOOL_TURNS + [as_assistant("It is sun.")]}, TOOL_TURNS,
-               as_assistant("It is sun.")),
+SYSTEM = {"role": "system", "content": "Be brief."}
+RESULT = {"role": "tool", "content": "sun"}
+WEATHER = [U("weather?")]
+WHOLE = {  # name: (messages, the answer, the row if it is not these)
+    "plain": ([U("hi there")], A("a plum"), {"prompt": "hi there", "response": "a plum"}),
+    "turns": ([SYSTEM, U("a"), A("b"), U("c")], A("d é 😀"), None),
+    "code": ([U("def f(x):\n")], A("    if x:\n\treturn 0\n"), None),
+    "lines": ([U("list")], A("\n- a\r\n- b"), None),
+    "empty": ([U("say nothing")], A(""), None),
+    "space": ([U("Name a fruit:")], A(" a plum"), None),
+    "begun": ([U("1 + 1?"), A("The sum")], A(" is 2."), None),
+    "inside": ([U("who?"), A("a lit")], A("tle girl"), None),
+    "thought": ([U("1 + 1?")], A("<think>\nadd\n</think>\n\n2"), None),
+    "field": ([U("1 + 1?")], A("2", reasoning_content="add"), None),
+    "no thought": ([U("1 + 1?")], A("2"), {"messages": [
+        U("1 + 1?"), A("2", reasoning_content="", tool_calls=[], thinking=None)]}),
+    "call": (WEATHER, A("", tool_calls=[PARSED]), {"messages": WEATHER + [
+        A(None, tool_calls=[CALL])]}),
+    "old call": (WEATHER, A("", tool_calls=[PARSED]), {"messages": WEATHER + [
+        A("", function_call=CALL["function"])]}),
+    "tools": (WEATHER, A("a"), {"prompt": "weather?", "response": "a",
+                                "tools": json.dumps([TOOL])}),
+    "result": ([U("q"), A("l"), RESULT], A("It is sun."), None),
 }
+
+
+def row_of(name):
+    messages, answer, row = WHOLE[name]
+    if messages[-1]["role"] == "assistant":
+        return {"prompt": messages, "response": answer["content"]}
+    return row or {"messages": messages + [answer]}
+
+
 THINKING = ("field", "call", "old call", "tools")  # rows that only a template which thinks can write
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("row", WHOLE)
 def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(name, row, toks):
-    tok, (fields, messages, answer) = toks[name], WHOLE[row]
+    tok, (messages, answer, _) = toks[name], WHOLE[row]
     ends = ends_of(tok)
-    result, = encode_rows(tok, fields)
+    result, = encode_rows(tok, row_of(row))
     refused = name not in ("think", "open") and row in THINKING
     refused |= name == "r1" and row not in ("thought", "begun", "inside")
     assert isinstance(result, Exception) == refused, f"{result}: told, and never an empty answer"
@@ -178,7 +185,7 @@ def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(name, row, toks
     if messages[-1]["role"] == "assistant":
         start = {"continue_final_message": True}
         before = messages[:-1]
-        last = as_assistant(messages[-1]["content"] + answer["content"])
+        last = A(messages[-1]["content"] + answer["content"])
     text = tok.apply_chat_template(messages, tools=tools, tokenize=False, **start)
     whole = tok.apply_chat_template(before + [last], tools=tools, tokenize=False)
     if (name, row) == ("r1", "thought"):  # the template drops it, though its prompt opens one
@@ -204,7 +211,7 @@ def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(name, row, toks
 
 def test_a_token_that_lies_over_the_seam_is_encoded_again_as_a_continuation(toks):
     tok = toks["prefix"]
-    (prompt, (answer,), merged), = encode_rows(tok, WHOLE["inside"][0])
+    (prompt, (answer,), merged), = encode_rows(tok, row_of("inside"))
     words = tok.convert_ids_to_tokens(prompt[-3:] + answer)
     assert merged and words == ["\u2581a", "\u2581l", "it", "tle", "\u2581girl", "<eos>"]
     assert tok.convert_ids_to_tokens(tok("a little")["input_ids"])[-1] == "\u2581little"
@@ -214,8 +221,8 @@ def test_a_token_that_lies_over_the_seam_is_encoded_again_as_a_continuation(toks
 def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
     hh = "Be kind.\n\nHuman: a b c d e f g\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     system = {"role": "system", "content": "Be kind."}
-    talk = [system, as_user("a b c d e f g"), as_assistant("b"), as_user("c")]
-    yes, no = [as_assistant("yes")], [as_assistant("no")]
+    talk = [system, U("a b c d e f g"), A("b"), U("c")]
+    yes, no = [A("yes")], [A("no")]
     rest = {"chosen": "yes", "rejected": "no"}
     old = {"user": "human", "assistant": "gpt"}
     sharegpt = [{"from": old.get(m["role"], "system"), "value": m["content"]} for m in talk + yes]
@@ -257,8 +264,8 @@ def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
     {"system": "w1", "history": [["w2", "w3"]], "instruction": "w4", "input": "w5", "output": "w6"},
     {"system_prompt": "w1", "question": "w2", "context": "w3", "response": "w4", "id": "w5"},
     {"system": "w1", "prompt": "w2", "completion": "w3", "context": "w4", "question": "w5"},
-    {"system": "w1", "conversations": [as_user("w2"), as_assistant("w3")], "text": "w4"},
-    {"messages": [as_user("w2"), as_assistant("w3")], "response": "w4", "prompt": "w5",
+    {"system": "w1", "conversations": [U("w2"), A("w3")], "text": "w4"},
+    {"messages": [U("w2"), A("w3")], "response": "w4", "prompt": "w5",
      "system": "w1", "system_prompt": "w6"},
     {"question": "w1", "answer": "w2", "solution": "w3"},
     {"text": "w1", "title": "w2"},
@@ -266,10 +273,10 @@ def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
     {"prompt": "w1", "answers": ["w2", "w3"], "ranks": [2, 1], "output": "w4", "scores": ["w5"]},
     {"prompt": "w1", "response": "Say:\n\nHuman: w2\n\nAssistant: w3", "rejected": "w4"},
     {"prompt": "w1:\n\nHuman: w2\n\nAssistant: w3", "response": "Assistant: w4"},
-    {"prompt": [as_user("w1"), as_user("w2")], "chosen": [as_user("w3"), as_assistant("w4")],
+    {"prompt": [U("w1"), U("w2")], "chosen": [U("w3"), A("w4")],
      "rejected": "w5", "history": [["w6", "w7"]]},
-    {"messages": [as_user([{"type": "text", "text": "w1 "}, {"type": "text", "text": "w7"}]),
-                  as_assistant("w3", reasoning_content="w4", tool_calls=[
+    {"messages": [U([{"type": "text", "text": "w1 "}, {"type": "text", "text": "w7"}]),
+                  A("w3", reasoning_content="w4", tool_calls=[
                       {"function": {"name": "w2", "arguments": {"x": "w5"}}}])],
      "tools": [json.dumps({"function": {"name": "w6"}})]},
 ])
@@ -286,29 +293,30 @@ QUOTE = "What next?\n\nHuman: hi\n\nAssistant: ho"
 
 
 @pytest.mark.parametrize("template, row, prompt, answer", [
-    ("{prompt}", WHOLE["code"][0], "def f(x):\n", "    if x:\n\treturn 0\n"),
-    ("{prompt}", WHOLE["space"][0], "Name a fruit:", " a plum"),
+    ("{prompt}", row_of("code"), "def f(x):\n", "    if x:\n\treturn 0\n"),
+    ("{prompt}", row_of("space"), "Name a fruit:", " a plum"),
     ("{prompt}", {"prompt": "", "response": "x"}, "<eos>", "x"),
     ("{prompt}", {"prompt": "q\n", "response": "x<eos>"}, "q\n", "x"),
+    ("", {"prompt": "q", "response": "x<eos>"}, "Human: q\nAssistant:", " x"),
     ("", {"text": "x<eos>"}, "<eos>", "x"),
     ("", {"text": "<eos>x <eos> y"}, "<eos>", "x <eos> y"),
-    ("{prompt}", {"messages": [as_user("x =\n"), as_assistant("  1\n")]}, "x =\n", "  1\n"),
+    ("{prompt}", {"messages": [U("x =\n"), A("  1\n")]}, "x =\n", "  1\n"),
     ("", {"prompt": "q", "response": ""}, "Human: q\nAssistant:", ""),
     ("", {"prompt": "q", "response": " "}, "Human: q\nAssistant:", " "),
     ("", {"instruction": "a", "input": "b", "output": "c"}, "Human: a\nb\nAssistant:", " c"),
-    ("Q: {prompt}\\nA:\\n", WHOLE["plain"][0], "Q: hi there\nA:\n", "a plum"),
-    ("{{x}} 'é' {prompt}\\n\"😀\":", WHOLE["plain"][0], "{{x}} 'é' hi there\n\"😀\":", " a plum"),
-    ("", WHOLE["result"][0], "Human: q\nAssistant: l\nHuman: sun\nAssistant:", " It is sun."),
-    ("", {"prompt": [as_user("q"), {"role": "system", "content": "s"}], "response": "a"},
+    ("Q: {prompt}\\nA:\\n", row_of("plain"), "Q: hi there\nA:\n", "a plum"),
+    ("{{x}} 'é' {prompt}\\n\"😀\":", row_of("plain"), "{{x}} 'é' hi there\n\"😀\":", " a plum"),
+    ("", row_of("result"), "Human: q\nAssistant: l\nHuman: sun\nAssistant:", " It is sun."),
+    ("", {"prompt": [U("q"), {"role": "system", "content": "s"}], "response": "a"},
      "Human: q\ns\nAssistant:", " a"),
     ("", {"prompt": DIALOGUE, "response": " 4."}, "Human: 2 and 2?\nAssistant: It is", " 4."),
     ("", {"prompt": DIALOGUE, "chosen": DIALOGUE + " 4.", "rejected": DIALOGUE + " 5."},
      "Human: 2 and 2?\nAssistant: It is", " 4."),
-    ("", {"prompt": [as_user("q"), as_assistant("It")], "response": [as_assistant("It is")]},
+    ("", {"prompt": [U("q"), A("It")], "response": [A("It is")]},
      "Human: q\nAssistant: It", " is"),
     ("", {"prompt": "Name one fruit.\n", "chosen": "Name one fruit. Plum.",
           "rejected": "Name one fruit. No."}, "Human: Name one fruit.\n\nAssistant:", " Plum."),
-    ("", {"prompt": [as_user("Name one fruit.")], "chosen": "Name one fruit.\nPlum.",
+    ("", {"prompt": [U("Name one fruit.")], "chosen": "Name one fruit.\nPlum.",
           "rejected": "Name one fruit. No."}, "Human: Name one fruit.\nAssistant:", "\nPlum."),
     ("", {"prompt": "hi", "chosen": "hi you", "rejected": "hi"}, "Human: hi\nAssistant:",
      " hi you"),
@@ -406,7 +414,7 @@ def test_a_model_taught_to_say_ok_stops_in_plain_transformers(tmp_path, toks, sm
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tok = AutoTokenizer.from_pretrained(tmp_path / "out")
     end = tok.convert_tokens_to_ids("<|end|>")
-    asked = tok.apply_chat_template([as_user("q 3")], add_generation_prompt=True,
+    asked = tok.apply_chat_template([U("q 3")], add_generation_prompt=True,
                                     return_tensors="pt", return_dict=True)
     new = lm.generate(**asked, max_new_tokens=30, do_sample=False)[0, asked["input_ids"].size(1) :]
     assert new.tolist() == [*b"ok", end] or tok.decode(new) == "ok<|end|>"
@@ -420,14 +428,14 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
     tok = toks["llama3"]
     results = encode_rows(
         tok, {"prompt": "q", "response": "a<|eot|>b"},
-        {"messages": [as_user("q"), {"role": "critic", "content": "c"}]},
-        {"messages": [as_user("w"), as_assistant("", tool_calls=[CALL]), as_user("s"),
-                      as_assistant("x")]},
+        {"messages": [U("q"), {"role": "critic", "content": "c"}]},
+        {"messages": [U("w"), A("", tool_calls=[CALL]), U("s"),
+                      A("x")]},
         {"prompt": "w", "response": "x", "tools": [TOOL]},
-        {"messages": [as_user("q"), as_assistant("x", reasoning_content="\ud800")]},
+        {"messages": [U("q"), A("x", reasoning_content="\ud800")]},
         {"prompt": "q", "response": "x\ud800"},
         {"prompt": "q", "response": "a"})
-    reasons = ("in the middle", "no critics", "not write tool calls", "not write tools",
+    reasons = ("in the middle", "no critics", "not write tool_calls", "not write tools",
                "not write reasoning_content", "surrogates")
     for result, reason in zip(results, reasons):
         assert isinstance(result, Exception) and reason in str(result)
@@ -436,7 +444,7 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
     tok.chat_template = ("{% for m in messages if m.role not in ('system', 'tool') %}"
                          "{{ m.content.split('</think>')[-1] }}{% endfor %}")
     for row in ("turns", "thought", "result"):
-        (result,) = encode_rows(tok, WHOLE[row][0])
+        (result,) = encode_rows(tok, row_of(row))
         assert "does not write" in str(result), "it loses the system's words, a thought, a result"
     (result,) = encode_rows(toks["bytes"], {"messages": [{"role": "critic", "content": "c"}]})
     assert "no role" in str(result), "our template takes nobody for a user"
@@ -444,21 +452,21 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
 
 BAD_ROWS = [
     {"foo": "x"}, {"prompt": None}, {"text": None}, {"prompt": ["a"]}, {"messages": []}, [1, 2],
-    {"prompt": "q", "response": True}, {"prompt": "q", "response": 3}, {"messages": "not JSON"},
-    {"messages": [as_user("q"), as_assistant(None)]},
-    {"messages": [{"role": "user"}, as_assistant("x")]}, {"messages": [{"content": "a"}]},
-    {"chosen": [as_user("q"), as_assistant("x")], "rejected": [as_user("p"), as_assistant("y")]},
+    {"prompt": "q", "response": True}, {"prompt": "q", "response": 3}, {"messages": 3},
+    {"messages": [U("q"), A(None)]},
+    {"messages": [{"role": "user"}, A("x")]}, {"messages": [{"content": "a"}]},
+    {"chosen": [U("q"), A("x")], "rejected": [U("p"), A("y")]},
     {"chosen": "\n\nHuman: a\n\nAssistant: c", "rejected": "\n\nHuman: b\n\nAssistant: r"},
     {"chosen": "Plum", "rejected": "No"}, {"prompt": "\ud800", "response": "x"},
-    {"prompt": "p", "chosen": [as_user("p")], "rejected": [as_user("p")]},
-    {"prompt": [as_user([{"type": "image", "text": "", "url": "x"}])], "response": "x"},
+    {"prompt": "p", "chosen": [U("p")], "rejected": [U("p")]},
+    {"prompt": [U([{"type": "image", "text": "", "url": "x"}])], "response": "x"},
     {"prompt": "q", "answers": ["x", "y"], "scores": [1, math.nan]},
     {"prompt": "q", "answers": ["x", "y"], "scores": [1, None]},
     {"prompt": "q", "answers": ["x", "y"], "scores": [1]},
     {"prompt": "q", "answers": ["x", None], "ranks": [1, 2]},
     {"prompt": "q", "response": "x", "history": "hi"},
     {"prompt": "q", "response": "x", "history": ["hi", "there", "you"]},
-    {"messages": [as_user("q"), as_assistant("", tool_calls=[{"function": {
+    {"messages": [U("q"), A("", tool_calls=[{"function": {
         "name": "f", "arguments": "no JSON"}}])]},
 ]
 
@@ -470,13 +478,11 @@ def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, t
     rows = [{"prompt": f"p {i}", "response": "x", "key": i} for i in range(100)]
     rows[3:3] = BAD_ROWS
     rows += [{"prompt": "p"}, {"prompt": "p", "response": "x" * 600}]
-    rows += [{"prompt": "Name one fruit.", "response": "Name one fruit. Plum."}]
     loaded = load_rows(write_rows(tmp_path / "a.jsonl", rows), tok)
-    assert sum(map(len, loaded)) == 101
+    assert sum(map(len, loaded)) == 100
     said = capsys.readouterr().out
     for note in ("25 unusable", "the first unusable is row 4: ValueError", "1 over 512 tokens",
-                 "['foo']", "1 without what this step reads", "reward functions alone: key",
-                 "1 with answers that repeat the prompt"):
+                 "['foo']", "1 without what this step reads", "reward functions alone: key"):
         assert note in said, said
     pairs = [{"prompt": f"p {i}", "chosen": "c", "rejected": "c" if i % 9 == 0 else "r"}
              for i in range(90)]
@@ -501,10 +507,10 @@ def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, t
 ])
 def test_a_ranking_is_its_answers_best_first_and_ties_share_a_rank(row, response, ranked):
     example = data.as_example({"prompt": "p", "key": 7, **row})
-    assert example.messages == [as_user("p")] and example.fields["key"] == 7
-    assert (example.response or {"content": None})["content"] == response
-    answers = [answer["content"] for answer in example.answers]
-    assert list(zip(answers, example.ranks, strict=True)) == ranked
+    assert example.messages == [U("p")] and example.fields["key"] == 7
+    said = [answer["content"] for answer in example.said]
+    assert said[:1] == ([] if response is None else [response])
+    assert list(zip(said[-len(example.ranks) :], example.ranks)) == ranked
     loaded = data.Rows()
     arrays = encode_rows(utils.load_tokenizer("tiny"), {"prompt": "p", **row})[0][1]
     loaded.add([1, 2], arrays, example.ranks, example.fields, 0)
@@ -571,7 +577,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, tok, monkeypatch):
     unified = {"messages": [{"role": "user", "content": "q", "tool_calls": None},
                             {"role": "assistant", "content": None, "tool_calls": [
                                 {"function": {"name": "f", "arguments": {"a": 1, "b": None}}}]}]}
-    call = data.as_example(data.without_nulls(unified)).response["tool_calls"][0]
+    call = data.as_example(data.without_nulls(unified)).said[0]["tool_calls"][0]
     assert call == calls[1], "Arrow's fields of other rows are none of this call's"
     paragraphs = [f"line {i}\nand another" for i in range(40)]
     (tmp_path / "t.txt").write_bytes("\r\n \r\n".join(paragraphs).encode())
@@ -677,8 +683,8 @@ def test_toy_is_exactly_checkable_and_a_third_of_its_demonstrations_is_wrong():
 
 def test_split_divides_rows_by_their_words_whatever_order_and_template(tmp_path, toks):
     steps = ("sft", "reward", "ppo")
-    rows = [{"prompt": f"question {i % 300}", "chosen": f"yes {i}", "rejected": "no", "key": i % 300}
-            for i in range(600)]
+    rows = [{"prompt": f"question {i}", "chosen": f"yes {k}", "rejected": "no", "key": i}
+            for k in range(2) for i in range(300)]
     paths = [write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[::-1])]
     parts = {}
     for path, name in [*zip(paths, ("bytes", "bytes")), (paths[0], "think")]:

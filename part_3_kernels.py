@@ -36,16 +36,13 @@ def cast(x, device, dtype):
     return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
 
-def assert_close(got, want, dtype, what):
+def assert_close(got, want, dtype, what=""):
     """The error, in units of 1 + the size of the number, is below the tolerance of the dtype."""
     got = got.detach().double().cpu()
     want = want.detach().double()
     assert got.shape == want.shape and not got.isnan().any(), f"{what}: NaN, or {got.shape}"
     worst = ((got - want).abs() / (1 + want.abs())).max() if want.numel() else 0
     assert worst < TOLERANCE[dtype], f"{what}: error {worst:.2e} in {dtype}"
-
-
-# ---- matrix products ----
 
 
 @pytest.mark.parametrize("shape, out", [((5, 8), 24), ((3, 7, 24), 8), ((1, 8), 8), ((2, 3, 8), 1)])
@@ -65,34 +62,28 @@ def test_linear_and_its_gradients_are_those_of_autograd(shape, out, frozen):
         (y * torch.arange(1, out + 1, dtype=dtype)).sum().backward()
         results.append([y, x.grad] + ([] if frozen else [weight.grad, bias.grad]))
     for want, got in zip(*results, strict=True):
-        assert_close(got, want, torch.float32, "linear")
+        assert_close(got, want, torch.float32)
 
 
 @pytest.mark.parametrize("device, dtype", [
-    pytest.param("cpu", torch.float32, id="cpu"),
-    pytest.param("cuda", torch.bfloat16, marks=GPU_ONLY, id="gpu-bf16"),
-])
+    ("cpu", torch.float32), pytest.param("cuda", torch.bfloat16, marks=GPU_ONLY, id="gpu-bf16")])
 @pytest.mark.parametrize("rows, bias", [(1, True), (20, True), (20, False)])
 def test_a_product_with_an_activation(device, dtype, rows, bias):
-    x = draw(rows, 16, dtype=dtype)
-    weight = draw(32, 16, dtype=dtype, seed=1)
+    x, weight = draw(rows, 16, dtype=dtype), draw(32, 16, dtype=dtype, seed=1)
     b = draw(32, dtype=dtype, seed=2) if bias else None
     z = x @ weight.T + (b if bias else 0)
-    want = dict(relu=z.clamp(min=0), silu=z / (1 + (-z).exp()),
+    tanh = z * (1 + ((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)).tanh()) / 2
+    want = dict(relu=z.clamp(min=0), silu=z / (1 + (-z).exp()), swish=z / (1 + (-z).exp()),
                 gelu=z * (1 + (z / 2**0.5).erf()) / 2)
-    want["swish"] = want["silu"]
-    for name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
-        want[name] = z * (1 + ((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)).tanh()) / 2
     for name in kernels.ACTIVATIONS:
         args = [cast(a, device, dtype) for a in (x, weight, b)]
-        assert_close(kernels.linear_activation(*args, name), want[name], dtype, name)
+        assert_close(kernels.linear_activation(*args, name), want.get(name, tanh), dtype, name)
 
 
 # ---- attention ----
 
 
 def make_spec(H, D, window, alibi):
-    """An AttentionSpec for the float64 reference. alibi: whether to use it."""
     slopes = 2.0 ** -(1 + torch.arange(H, dtype=torch.float64) * 8 / H)
     return AttentionSpec(D**-0.5, window, slopes if alibi else None)
 
@@ -107,16 +98,13 @@ def naive_attention(q, k, v, spec):
     n, H, _ = q.shape
     T, K = k.shape[:2]
     out = torch.zeros_like(q)
-    for i in range(n):
-        pos = T - n + i
+    for pos, h in itertools.product(range(T - n, T), range(H)):
         first = max(0, pos + 1 - spec.window) if spec.window else 0
-        visible = slice(first, pos + 1)
-        for h in range(H):
-            key_head = h // (H // K)
-            scores = k[visible, key_head] @ q[i, h] * spec.scale        # (visible keys,)
-            if spec.slopes is not None:
-                scores = scores - spec.slopes[h] * (pos - torch.arange(first, pos + 1))
-            out[i, h] = scores.softmax(0) @ v[visible, key_head]
+        keys, values = (x[first : pos + 1, h // (H // K)] for x in (k, v))
+        scores = keys @ q[pos - T + n, h] * spec.scale                  # (visible keys,)
+        if spec.slopes is not None:
+            scores = scores - spec.slopes[h] * (pos - torch.arange(first, pos + 1))
+        out[pos - T + n, h] = scores.softmax(0) @ values
     return out
 
 
@@ -128,8 +116,7 @@ def naive_attention(q, k, v, spec):
     ([70, 5], 4, 1, 128, 7, True),  # a window smaller than a block of keys
     ([0, 150], 1, 1, 64, 64, False),  # a window of exactly one block
     ([35], 1, 1, 256, 0, True),
-    ([40, 3], 2, 1, 8, 0, False),  # below the 16 that tl.dot needs
-    ([33, 2], 2, 2, 16, 9, True),
+    ([33, 2], 2, 2, 8, 9, True),  # below the 16 that tl.dot needs
 ])
 def test_packed_prefill_is_attention_of_each_sequence_alone(device, dtype, lengths, H, K, D, window,
                                                             alibi):
@@ -173,8 +160,7 @@ def test_alibi_tells_far_positions_apart_in_bfloat16_too():
     ([200, 7], 200, 4, 1, 80, 50, True),
     ([100, 31], 128, 8, 2, 96, 3, False),
     ([65], 65, 1, 1, 256, 0, True),
-    ([9, 17], 20, 34, 2, 64, 0, False),  # 17 query heads per key head
-    ([70, 3], 80, 2, 1, 8, 0, True),  # below the 16 that tl.dot needs
+    ([9, 17], 20, 34, 2, 8, 0, False),  # 17 query heads per key head
 ])
 def test_decode_is_the_last_row_of_full_attention(device, dtype, lengths, C, H, K, D, window,
                                                   alibi):
@@ -189,10 +175,8 @@ def test_decode_is_the_last_row_of_full_attention(device, dtype, lengths, C, H, 
             want[b] = naive_attention(q[b : b + 1], keys, values, spec)[0]
     got = kernels.decode_attention(q, k, v, torch.tensor(lengths), spec)
     assert_close(got, want, torch.float64, "PyTorch")
-    # Nothing beyond the length of a row may be read, nor the slot that has no row.
-    for slot, n in enumerate([*lengths, 0]):
-        k[slot, :, n:] = float("nan")
-        v[slot, :, n:] = float("nan")
+    for slot, n in enumerate([*lengths, 0]):  # nothing beyond the length of a row may be read
+        k[slot, :, n:] = v[slot, :, n:] = float("nan")
     q, k, v, lengths = (cast(x, device, dtype) for x in (q, k, v, torch.tensor(lengths)))
     got = kernels.decode_attention_triton(q, k, v, lengths, on_device(spec, device))
     assert_close(got, want, dtype, "Triton")
@@ -215,32 +199,29 @@ def test_decode_in_one_split_and_in_many_agree(device, dtype, monkeypatch):
 @every_device
 @pytest.mark.parametrize("H, K, D, R", [(4, 4, 64, 0), (3, 1, 64, 64), (8, 2, 80, 20)])
 def test_rope_rotates_and_the_cache_holds_rotated_keys(device, dtype, H, K, D, R):
-    N = 5
     C = 9
-    qkv = draw(N, H + 2 * K, D, dtype=dtype)
+    qkv = draw(5, H + 2 * K, D, dtype=dtype)
     q, k, v = qkv.split([H, K, K], 1)
-    slots = torch.tensor([0, 0, 2, 3, 1])
-    positions = torch.tensor([0, 1, 8, 3, 2])
-    cos = sin = None
+    slots, positions = torch.tensor([[0, 0, 2, 3, 1], [0, 1, 8, 3, 2]])
+    angles = torch.arange(C)[:, None] * 0.7 ** torch.arange(R // 2, dtype=torch.float64)
+    tables = [angles.cos(), angles.sin()] if R else [None, None]        # (C, R / 2) each
     want = [q.clone(), k.clone()]
-    if R > 0:
-        angles = torch.arange(C)[:, None] * 0.7 ** torch.arange(R // 2, dtype=torch.float64)
-        cos, sin = angles.cos(), angles.sin()                           # (C, R / 2)
-        for x in want:  # Su et al.: pairs of features are complex numbers, and turn
-            pairs = torch.complex(x[..., : R // 2], x[..., R // 2 : R])
-            turned = pairs * torch.polar(torch.ones(()).double(), angles[positions])[:, None]
-            x[..., :R] = torch.cat([turned.real, turned.imag], -1)
+    for x in want:  # Su et al.: pairs of features are complex numbers, and turn
+        pairs = torch.complex(x[..., : R // 2], x[..., R // 2 : R])
+        turned = pairs * torch.polar(torch.ones(()).double(), angles[positions])[:, None]
+        x[..., :R] = torch.cat([turned.real, turned.imag], -1)
     for where, rope, real in [("cpu", kernels.rope_and_cache, torch.float64),
                               (device, kernels.rope_and_cache_triton, dtype)]:
         q, k, v = qkv.to(where, real).split([H, K, K], 1)
         caches = torch.zeros(2, 4, K, C, D, dtype=real, device=where)
-        tables = [x if real == torch.float64 else cast(x, where, torch.float32) for x in (cos, sin)]
+        if real != torch.float64:
+            tables = [cast(x, where, torch.float32) for x in tables]
         got = rope(q, k, v, *caches, slots.to(where), positions.to(where), *tables)
-        for name, x, y in zip("qk", got, want):
-            assert_close(x, y, real, f"{name}, {R} of {D} features rotated")
-        for name, cache, x in zip("kv", caches.cpu(), (want[1], v)):
-            assert_close(cache[slots, :, positions], x.cpu(), real, f"cache of {name}")
-            assert cache.count_nonzero() == x.count_nonzero(), "and writes nothing else"
+        for x, y in zip(got, want):
+            assert_close(x, y, real, f"{R} of {D} features rotated")
+        for cache, x in zip(caches.cpu(), (want[1], v.cpu())):
+            assert_close(cache[slots, :, positions], x, real, "cache")
+            assert cache.count_nonzero() == x.count_nonzero(), "nothing else is written"
 
 
 @long
@@ -248,10 +229,9 @@ def test_rope_rotates_and_the_cache_holds_rotated_keys(device, dtype, H, K, D, R
 def test_a_cache_beyond_32_bits_is_addressed_right():
     """Slot 5 starts at element 5 * 2^29. Only the pages that are touched take memory."""
     cache = torch.empty(6, 1, 2**23, 64, dtype=torch.float16)
-    q = draw(6, 1, 64, dtype=torch.float16).half()
+    q = draw(6, 1, 64).half()
     k = torch.ones(6, 1, 64, dtype=torch.float16)
-    positions = torch.zeros(6, dtype=torch.long)
-    kernels.rope_and_cache_triton(q, k, k, cache, cache, torch.arange(6), positions)
+    kernels.rope_and_cache_triton(q, k, k, cache, cache, torch.arange(6), torch.zeros(6).long())
     lengths = torch.tensor([1, 0, 0, 0, 0, 1])
     got = kernels.decode_attention_triton(q, cache, cache, lengths, AttentionSpec(0.1, window=16))
     assert torch.equal(got[:, 0, 0], lengths.half()), "keys are not read where they were written"
@@ -266,63 +246,50 @@ def test_add_norm_adds_and_norms(device, dtype, E, rms, with_residual):
     weight, bias = draw(2, E, dtype=dtype, seed=1)
     if E > 64:
         x = (x + 100).to(dtype).double()  # a mean much larger than the deviation
-    total = x
-    if not with_residual:
-        residual = None
-    else:
-        total = (x + residual).to(dtype).double()
+    total = (x + residual).to(dtype).double() if with_residual else x
+    residual = residual if with_residual else None
     y = total if rms else total - total.mean(-1, keepdim=True)
-    want = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
-    if rms:
-        bias = None
-    else:
-        want = want + bias
+    want = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + (0 if rms else bias)
     for where, add_norm in (("cpu", kernels.add_norm), (device, kernels.add_norm_triton)):
-        args = [cast(a, where, dtype) for a in (x, residual, weight, bias)]
+        args = [cast(a, where, dtype) for a in (x, residual, weight, None if rms else bias)]
         normed, got = add_norm(*args, 1e-5, rms)
         assert_close(got, total, dtype, f"sum, {add_norm.__name__}")
         if dtype == torch.float32 or add_norm is kernels.add_norm_triton:  # PyTorch rounds the sum
             assert_close(normed, want, dtype, f"norm, {add_norm.__name__}")
-    if rms and residual is None:  # heads that are slices of a joint projection
-        heads = cast(draw(4, 9, E, dtype=dtype, seed=3), device, dtype)[:, 6:8]
-        normed, _ = kernels.add_norm_triton(heads, None, args[2], None, 1e-5, True)
-        y = heads.cpu().double()
-        want = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    heads = cast(torch.cat([x, x], 1), device, dtype)[:, 3:]  # slices of a joint projection
+    normed, _ = kernels.add_norm_triton(heads, None, *args[2:], 1e-5, rms)
+    if not with_residual:
         assert_close(normed, want, dtype, "norm of heads")
 
 
 # ---- sampling ----
 
 NO_EOS = torch.tensor([], dtype=torch.long)
-samplers = pytest.mark.parametrize("name, device", [
-    pytest.param("sample_next", "cpu", id="pytorch"),
-    pytest.param("sample_next_triton", "cpu", id="interpreter", marks=INTERPRETED),
-    pytest.param("sample_next_triton", "cuda", id="gpu", marks=GPU_ONLY),
-])
+samplers = pytest.mark.parametrize("device", [
+    pytest.param("cpu", id="pytorch"), pytest.param("cuda", id="gpu", marks=GPU_ONLY)])
 
 
-def new_rows(B, device="cpu", length=3):
-    """Rows of this length in slots of twice as many, whose slots are not in order: slots, rows."""
-    slots = torch.arange(B - 1, -1, -1, device=device)
+def new_rows(B, device="cpu"):
+    """Rows of 3 tokens in slots of 6, whose slots are not in order: slots, rows."""
     rows = kernels.Rows(
-        tokens=torch.full((B, 2 * length), 7, device=device),
-        logprobs=torch.full((B, 2 * length), 8.0, device=device),
-        lengths=torch.full((B,), length, device=device),
-        max_lengths=torch.full((B,), 2 * length, device=device),
+        tokens=torch.full((B, 6), 7, device=device),
+        logprobs=torch.full((B, 6), 8.0, device=device),
+        lengths=torch.full((B,), 3, device=device),
+        max_lengths=torch.full((B,), 6, device=device),
         keys=torch.arange(B, device=device) * 2_000_003 + 2**31,
         done=torch.zeros(B, dtype=torch.bool, device=device),
     )
-    return slots, rows
+    return torch.arange(B - 1, -1, -1, device=device), rows
 
 
 @samplers
-def test_sampled_frequencies_are_the_probabilities(name, device):
+def test_sampled_frequencies_are_the_probabilities(device):
     """Pearson's chi-square test of samples at temperature 0.7, six tokens in two blocks."""
-    n = 150 if name.endswith("triton") and device == "cpu" else 2000
+    n = 2000
     logits = torch.full((5000,), float("-inf"))
     logits[[0, 1, 4095, 4096, 4999, 4500]] = torch.tensor([0.0, 1.0, 0.5, 1.5, -0.5, 0.3])
     slots, rows = new_rows(n, device)
-    getattr(kernels, name)(logits.expand(n, -1).to(device), slots, rows, NO_EOS.to(device), 0.7)
+    kernels.sample_next(logits.expand(n, -1).to(device), slots, rows, NO_EOS.to(device), 0.7)
     p = (logits.double() / 0.7).softmax(0)
     count = rows.tokens[:, 3].cpu().bincount(minlength=5000).double()
     assert count[p == 0].sum() == 0, "a token of probability 0"
@@ -336,46 +303,16 @@ def test_uniform_numbers_depend_on_row_and_position_alone():
     u = kernels.uniform(keys, counters)
     order = torch.randperm(len(u), generator=torch.Generator().manual_seed(0))
     assert torch.equal(kernels.uniform(keys[order], counters[order]), u[order])
-    assert 0 < u.min() and u.max() < 1
     deciles = u.histc(10, 0, 1) / len(u)
-    assert (deciles - 0.1).abs().max() < 0.005, "uniform in (0, 1)"
+    assert 0 < u.min() and u.max() < 1 and (deciles - 0.1).abs().max() < 0.005
     grid = u.view(300, 300).double() - 0.5                              # (keys, counters)
     for other in (grid.roll(1, 0), grid.roll(1, 1), grid.T):
         correlation = (grid * other).mean().abs() * 12
         assert correlation < 0.02, "neighbours, or key and counter swapped, are correlated"
 
 
-@every_device
-@pytest.mark.parametrize("V, temperature, top_k", [
-    (1, 1.0, 0), (7, 0.7, 0), (5000, 1.3, 0), (5000, 0.0, 0), (4096, 1.0, 0), (300, 1.3, 20),
-])
-def test_the_kernel_draws_the_tokens_that_pytorch_draws(device, dtype, V, temperature, top_k):
-    """With the same random numbers, of the same keys and lengths."""
-    logits = (3 * draw(16, V, dtype=dtype)).to(dtype).double()
-    logits[3] = 0.0  # ties: the first token
-    logits[5, : V - 1] = float("-inf")  # one token left, behind blocks of nothing
-    slots, want = new_rows(16)
-    kernels.sample_next(logits, slots, want, NO_EOS, temperature, top_k)
-    strided = torch.cat([logits, logits + 9], 1).to(device, dtype)[:, :V]
-    slots, got = new_rows(16, device)
-    kernels.sample_next_triton(strided, slots, got, NO_EOS.to(device), temperature, top_k)
-    slots = slots.cpu()
-    tokens = got.tokens.cpu()[slots, 3]
-    same = tokens == want.tokens[slots, 3]
-    logits = kernels.top_k_top_p_filter(logits, top_k, 1.0)
-    log_p = (logits / (temperature or 1.0)).log_softmax(-1)             # (16, V)
-    if temperature:  # rounding may decide differently where u meets the boundary of two tokens
-        u = kernels.uniform(want.keys[slots], torch.full((16,), 3))
-        first = torch.minimum(tokens, want.tokens[slots, 3])
-        boundary = log_p.exp().cumsum(-1).gather(1, first[:, None])[:, 0]
-        same |= (boundary - u).abs() < 1e-5
-    assert same.all(), f"tokens {tokens.tolist()} instead of {want.tokens[slots, 3].tolist()}"
-    want_logprobs = log_p.gather(1, tokens[:, None])[:, 0]
-    assert_close(got.logprobs.cpu()[slots, 3], want_logprobs, torch.float32, "log-probabilities")
-
-
 @samplers
-def test_a_sampled_token_is_appended_and_may_end_its_row(name, device):
+def test_a_sampled_token_is_appended_and_may_end_its_row(device):
     """Row by row: it goes on, ends with an EOS, ends at its greatest length, has ended before."""
     logits = torch.full((4, 5000), -50.0)
     certain = torch.tensor([11, 4999, 13, 14])
@@ -386,7 +323,7 @@ def test_a_sampled_token_is_appended_and_may_end_its_row(name, device):
     rows.done[0] = True
     eos = torch.tensor([2, 4999, 15, 77], device=device)  # 14 would not end a row
     want = rows._replace(**{field: x.cpu().clone() for field, x in rows._asdict().items()})
-    getattr(kernels, name)(logits.to(device), slots, rows, eos, 1.0)
+    kernels.sample_next(logits.to(device), slots, rows, eos, 1.0)
     want.tokens[[4, 1, 5], 3] = certain[:3]
     want.logprobs[[4, 1, 5], 3] = 0.0
     want.lengths[[4, 1, 5]] = 4
@@ -404,7 +341,7 @@ def test_top_k_and_top_p_keep_the_likely_and_renormalise(top_k, top_p, kept):
     u = torch.linspace(0.001, 0.999, 99)
     tokens, logprobs = kernels.sample(p.log().expand(99, -1), u, 1.0, top_k, top_p)
     assert set(tokens.tolist()) == set(kept)
-    assert_close(logprobs, (p[tokens] / p[kept].sum()).log(), torch.float32, "renormalised")
+    assert_close(logprobs, (p[tokens] / p[kept].sum()).log(), torch.float32)
 
 
 # ---- log-probabilities without keeping the logits ----
@@ -416,21 +353,16 @@ def float32_logits(hidden, weight):
 
 
 @pytest.mark.parametrize("device, dtype", [
-    ("cpu", torch.float32),
-    ("cpu", torch.bfloat16),
-    pytest.param("cuda", torch.bfloat16, marks=GPU_ONLY, id="gpu"),
-])
+    ("cpu", torch.float32), ("cpu", torch.bfloat16),
+    pytest.param("cuda", torch.bfloat16, marks=GPU_ONLY, id="gpu")])
 @pytest.mark.parametrize("N, E, V, temperature", [
-    (7, 5, 11, 1.0), (5, 8, 5003, 0.7), (0, 3, 4, 1.0), (1, 3, 1, 1.0),
-])
+    (7, 5, 11, 1.0), (5, 8, 5003, 0.7), (0, 3, 4, 1.0), (1, 3, 1, 1.0)])
 def test_token_logprobs_and_their_gradients_are_those_of_autograd(N, E, V, temperature, device,
                                                                   dtype, monkeypatch):
     if dtype == torch.bfloat16 and device == "cpu":
         monkeypatch.setattr(kernels, "logits", float32_logits)
     monkeypatch.setattr(kernels.TokenLogprobs, "CHUNK", {device: 3 * V})  # three rows at a time
     inputs = [draw(N, E, dtype=dtype), draw(V, E, dtype=dtype, seed=1)]
-    inputs[1][V - V // 6 :] *= 1.25  # the largest logit comes late
-    inputs[1] = inputs[1].to(dtype).double()
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
     g, g_entropy = draw(N, seed=3), draw(N, seed=4)
 
@@ -447,10 +379,9 @@ def test_token_logprobs_and_their_gradients_are_those_of_autograd(N, E, V, tempe
     assert sum(sizes) == N * V and max(sizes, default=0) <= 3 * V, f"chunks of {sizes} logits"
     logprobs, entropy = kernels.token_logprobs(hidden, weight, targets.to(device), temperature)
     got = gradients(hidden, weight, logprobs, entropy)
-    for name, x, y, real in zip(("logprobs", "entropy", "gradient of hidden", "of weight"), got,
-                                want, (torch.float32, torch.float32, dtype, dtype)):
+    for x, y, real in zip(got, want, (torch.float32, torch.float32, dtype, dtype)):
         assert x.dtype == real
-        assert_close(x, y, real, name)
+        assert_close(x, y, real)
 
 
 def test_a_frozen_head_has_no_gradient_and_that_of_bfloat16_is_added_up_in_float32(monkeypatch):
@@ -463,67 +394,56 @@ def test_a_frozen_head_has_no_gradient_and_that_of_bfloat16_is_added_up_in_float
         targets = torch.zeros(n, dtype=torch.long)
         logprobs, _ = kernels.token_logprobs(row.repeat(n, 1), weight, targets)
         gradients += torch.autograd.grad(logprobs.sum(), weight)
-    assert_close(gradients[1] / 1000, gradients[0], torch.bfloat16, "gradient of weight")
+    assert_close(gradients[1] / 1000, gradients[0], torch.bfloat16)
     logprobs, _ = kernels.token_logprobs(row, weight.detach(), targets[:1])
     logprobs.sum().backward()
     assert row.grad is not None and weight.grad is None
 
 
-@pytest.mark.skipif(not kernels.FLOAT32_RESULTS, reason="this PyTorch has no such product")
 def test_logits_of_a_bfloat16_model_are_float32_on_a_gpu():
     """With tensors that have a device and a dtype but no memory: no GPU is needed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         for device, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
-            hidden = torch.empty(4, 8, device=device, dtype=torch.bfloat16)
-            weight = torch.empty(5, 8, device=device, dtype=torch.bfloat16)
-            assert kernels.logits(hidden, weight).dtype == dtype
+            x = torch.empty(4, 8, device=device, dtype=torch.bfloat16)
+            assert kernels.logits(x, x).dtype == dtype
 
 
 # ---- what the compiler makes of the kernels, for a GPU that is not there ----
 
 
 def empty(*shape, dtype=torch.int64):
-    """A tensor without memory."""
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def launch_kernels(D, K, E, V, dtype, spec, batches=(64, 1)):
-    """Calls every launcher. D head size, K key heads of 32 heads, E width, V vocabulary. Of the
-    batches, large ones decode in one split and small ones in several."""
+def launch_kernels(D, K, E, V, dtype, is_llama):
+    """Calls every launcher, with tensors that have no memory, for batches of 1 to 64 rows. D head
+    size, K key heads of 32 heads, E width, V vocabulary."""
+    spec = AttentionSpec(0.1)
+    if not is_llama:
+        spec = AttentionSpec(0.1, window=1024, slopes=empty(32, dtype=torch.float32))
     q, k = empty(64, 32, D, dtype=dtype), empty(64, K, D, dtype=dtype)
     cache = empty(256, K, 4096, D, dtype=dtype)
-    for B in batches:
+    for B in range(1, 65):
         kernels.prefill_attention_triton(q, k, k, empty(B + 1, dtype=torch.int32), spec)
         kernels.decode_attention_triton(q[:B], cache, cache, empty(B), spec)
-    is_llama = spec.slopes is None
     cos = empty(4096, D // 2, dtype=torch.float32) if is_llama else None
     kernels.rope_and_cache_triton(q, k, k, cache, cache, empty(64), empty(64), cos, cos)
     x = empty(64, E, dtype=dtype)
     kernels.add_norm_triton(x, x, x[0], None if is_llama else x[0], 1e-5, is_llama)
-    rows = kernels.Rows(empty(64, 512), empty(64, 512, dtype=torch.float32), empty(64), empty(64),
-                        empty(64), empty(64, dtype=torch.bool))
-    temperature = 0.7 if is_llama else 0.0
-    kernels.sample_next_triton(empty(64, V, dtype=dtype), empty(64), rows, empty(3), temperature)
 
 
-def compile_kernels(variants, batches):
-    """Compiles what launch_kernels launches, for an H100, in a process that does not interpret.
-    Prints a row of what NVIDIA's assembler says about each compiled kernel."""
+def compile_kernels(variants):
+    """In a process that does not interpret kernels: compiles what launch_kernels launches for an
+    H100, and prints a row of what NVIDIA's assembler says about each compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    triton.runtime.driver.set_active(SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0))
     compiled = {}
 
-    class Compile:
-        """Takes the place of a kernel, and compiles where it would be launched."""
-
-        def __init__(self, kernel):
-            self.kernel = kernel
+    class Compile(SimpleNamespace):
+        """Takes the place of a kernel, and compiles it where it would be launched."""
 
         def __getitem__(self, grid):
             def launch(*args, **options):
@@ -531,20 +451,20 @@ def compile_kernels(variants, batches):
                 compiled[self.kernel.__name__, result.hash] = result
             return launch
 
+    triton.runtime.driver.set_active(SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0))
     for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
-        setattr(kernels, name, Compile(getattr(kernels, name)))
-    for D, K, E, V, dtype, is_llama in variants:
-        spec = AttentionSpec(0.1) if is_llama else AttentionSpec(
-            0.1, window=1024, slopes=empty(32, dtype=torch.float32))
-        launch_kernels(D, K, E, V, getattr(torch, dtype), spec, batches)
+        setattr(kernels, name, Compile(kernel=getattr(kernels, name)))
+    for *sizes, dtype, is_llama in variants:
+        launch_kernels(*sizes, getattr(torch, dtype), is_llama)
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     for (name, _), result in compiled.items():
-        ptx = result.asm["ptx"]
         command = [ptxas, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", "-"]
-        said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
-        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+        said = subprocess.run(command, input=result.asm["ptx"], capture_output=True, text=True)
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said.stderr)))
         print(json.dumps(dict(kernel=name, spilled=spilled, shared=result.metadata.shared,
-                              wgmma="wgmma" in ptx, serialised="C7515" in said)))
+                              serialised="C7515" in said.stderr)))
 
 
 @pytest.mark.parametrize("variants", [
@@ -555,45 +475,16 @@ def compile_kernels(variants, batches):
                   for dtype in ("bfloat16", "float16", "float32")], marks=long, id="all"),
 ])
 def test_each_kernel_compiles_for_an_h100_and_spills_nothing(variants):
-    module = Path(__file__).stem
-    code = f"import {module}; {module}.compile_kernels({variants}, range(1, 65))"
+    code = f"import {__name__} as test; test.compile_kernels({variants})"
     ran = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
                          env=os.environ | {"TRITON_INTERPRET": "0"})
     assert ran.returncode == 0, ran.stderr[-3000:]
     rows = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert {row["kernel"] for row in rows} == {x for x in vars(kernels) if x.endswith("_kernel")}
     bad = [row for row in rows if row["spilled"] or row["serialised"] or row["shared"] > 99 * 1024]
     assert not bad, f"spilled registers, wgmma one after the other, or too much memory: {bad}"
-    assert any(row["wgmma"] for row in rows if row["kernel"] == "prefill_kernel")
-    if len(variants) == 1:  # batches of 1 to 64 rows share their kernels
-        count = [row["kernel"] for row in rows].count
-        assert count("prefill_kernel") == 1 and count("decode_kernel") == 2, "whole and in splits"
-        assert count("merge_kernel") <= 3, "of 16, 32 and 64 splits"
-
-
-# ---- what only a GPU can show ----
-
-
-@GPU_ONLY
-@pytest.mark.parametrize("D", [8, 64, 80, 128, 256])
-@pytest.mark.parametrize("K, window, alibi", [(16, 0, False), (4, 100, True)])
-def test_gpu_attention_at_real_sizes(D, K, window, alibi):
-    H = 16
-    dtype = torch.bfloat16
-    lengths = [1, 513, 128, 0, 300]
-    spec = make_spec(H, D, window, alibi)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    q = draw(sum(lengths), H, D, dtype=dtype)
-    k, v = draw(2, sum(lengths), K, D, dtype=dtype)
-    want = kernels.prefill_attention(q, k, v, cu_seqlens, spec)
-    q, k, v = (x.to("cuda", dtype) for x in (q, k, v))
-    got = kernels.prefill_attention(q, k, v, cu_seqlens.cuda(), on_device(spec, "cuda"))
-    assert_close(got, want, dtype, "prefill")
-    for B in (1, 20):
-        q = draw(B, H, D, dtype=dtype)
-        k, v = draw(2, B, K, 600, D, dtype=dtype)
-        lengths = (torch.arange(B) * 137 + 600) % 601
-        want = kernels.decode_attention(q, k, v, lengths, spec)
-        q, k, v = (x.to("cuda", dtype) for x in (q, k, v))
-        got = kernels.decode_attention(q, k, v, lengths.cuda(), on_device(spec, "cuda"))
-        assert_close(got, want, dtype, f"decode of {B} rows")
+    names = [row["kernel"] for row in rows]
+    assert set(names) == {name for name in vars(kernels) if name.endswith("_kernel")}
+    if len(variants) == 1:
+        assert names.count("prefill_kernel") == 1, "one for all batches"
+        assert names.count("decode_kernel") == 2, "in one split, in several"
+        assert names.count("merge_kernel") <= 3, "of 16, 32 and 64 splits"

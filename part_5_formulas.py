@@ -4,6 +4,8 @@
 from prelude import *
 from prelude import long, some
 
+from types import SimpleNamespace
+
 WHOLE_ROWS = [
     [1, 1, 1, 1, 1, 1, 1],
     [1, 0, 0, 0, 0, 0, 0],
@@ -152,102 +154,8 @@ def test_a_ratio_beyond_e_to_the_20_does_not_overflow():
 # ---- the phases, one by one
 
 
-def batch_of(rows=WHOLE_ROWS, **more):
-    """A Batch in which every entry of every tensor is different from its neighbours."""
-    mask = torch.tensor(rows, dtype=torch.bool)
-    B, A = mask.shape
-    known = dict(
-        tokens=torch.arange(B * (4 + A)).view(B, 4 + A),
-        prompt_lens=torch.tensor([4, 2, 3, 1, 4]),
-        answer_lens=(mask * torch.arange(1, A + 1)).amax(1),
-        mask=mask,
-        finished=torch.tensor([True, False, True, True, False]),
-        sample_logprobs=-0.01 * torch.arange(B * A).view(B, A),
-        columns={"prompts": [f"prompt {i}" for i in range(B)], "completions": ["a"] * B,
-                 "completion_ids": [[7]] * B, "target": list(range(B))},
-    )
-    return ppo.Batch(**(known | more))
-
-
 def scorer_of(name, weight=1.0, **more):
     return ppo.Scorer(name, name, weight, **more)
-
-
-def test_a_part_of_a_batch_has_its_rows_of_every_tensor_and_no_more_columns_than_they_need():
-    batch = batch_of(values=torch.randn(5, 7), total=torch.randn(5))
-    part = batch.part(np.array([4, 2]))
-    assert part.tokens.tolist() == batch.tokens[[4, 2], :6].tolist(), "4 + 2 and 3 + 3 tokens"
-    for name in ("mask", "sample_logprobs", "values"):
-        assert torch.equal(getattr(part, name), getattr(batch, name)[[4, 2], :3]), name
-    for name in ("prompt_lens", "answer_lens", "finished", "total"):
-        assert torch.equal(getattr(part, name), getattr(batch, name)[[4, 2]]), name
-    assert part.returns is None
-    assert part.lengths.tolist() == [6, 6]
-
-
-def test_a_value_is_that_of_the_state_before_the_token():
-    batch = batch_of(prompt_lens=torch.tensor([3, 5, 1, 1, 1]))
-    got = ppo.answer_values(lambda tokens: torch.arange(tokens.size(1)).expand(tokens.shape), batch)
-    message = "the first token is chosen in the state after the prompt's last"
-    assert got.tolist()[:3] == [[2, 3, 4, 5, 6, 7, 8], [4] + [0] * 6, [0, 1, 2] + [0] * 4], message
-
-
-def test_advantages_come_from_normalized_and_penalized_scores_and_what_is_logged_is_raw():
-    """The constants of ppo.py stand here once more, as numbers."""
-    mask, (logprobs, ref_logprobs, values, _) = random_tensors(ROWS_WITH_HOLES)
-    nan = math.nan  # it abstained
-    a = torch.tensor([0.5, -0.5, 1.0, 7.0, -3.0], dtype=torch.float64)
-    b = torch.tensor([1.0, 2.0, nan, 0.0, -7.0], dtype=torch.float64)
-    batch = batch_of(ROWS_WITH_HOLES, values=values, old_logprobs=logprobs,
-                     ref_logprobs=ref_logprobs)
-    batch.scores = {"a": a, "b": b, "none": torch.full_like(a, nan)}
-    batch.total = a + 0.5 * b.nan_to_num()
-    batch.kl = ((logprobs - ref_logprobs) * mask).sum(1)
-    b_scorer = scorer_of("b", 0.5, mean=-1.0, std=2.0)
-    scorers = [scorer_of("a"), b_scorer, scorer_of("none", 0.0)]
-    metrics = ppo.estimate_advantages(batch, scorers, ppo.Config(kl_coef=0.3))
-
-    advantages = []
-    seen = a + 0.5 * ((b + 1.0) / 2.0).nan_to_num() - ~batch.finished * 1.0
-    for row, score in enumerate(seen.tolist()):
-        m = mask[row]
-        rewards = [-0.3 * x for x in (logprobs - ref_logprobs)[row][m].tolist()]
-        rewards[-1] += min(max(score, -5.0), 5.0)
-        assert batch.token_rewards[row][m].tolist() == pytest.approx(rewards)
-        advantages += naive_gae(values[row][m].tolist(), rewards, gamma=1.0, lam=0.95)
-    raw = np.array(advantages)
-    np.testing.assert_allclose(batch.advantages[mask], (raw - raw.mean()) / raw.std())
-    returns = raw + values[mask].numpy()
-    np.testing.assert_allclose(batch.returns[mask], returns, err_msg="of what is not whitened")
-    assert math.isnan(metrics.pop("score_none"))
-    assert metrics == pytest.approx({
-        "score": batch.total.mean().item(),
-        "score_std": batch.total.std().item(),
-        "score_clipped": 2 / 5,  # 7.25, and -4.5 less the penalty
-        "unjudged": 0,
-        "kl": batch.kl.mean().item(),
-        "length": batch.answer_lens.float().mean().item(),
-        "eos_rate": 3 / 5,
-        "advantage_mean": raw.mean(),
-        "advantage_std": raw.std(ddof=1),
-        "explained_variance": 1 - (values[mask].numpy() - returns).var() / returns.var(),
-        "score_a": a.mean().item(),
-        "score_b": -1.0,
-    })
-
-
-def test_each_epoch_has_every_row_once_and_all_but_the_first_are_shuffled_each_its_own_way():
-    epochs = {}
-    for seed, iteration in ((1, 1), (1, 2), (2, 1)):
-        cfg = ppo.Config(batch_size=32, minibatches=4, ppo_epochs=3, seed=seed)
-        steps = list(ppo.minibatches(32, cfg, iteration))
-        assert [len(rows) for rows in steps] == [8] * 12
-        for epoch in range(3):
-            order = np.concatenate(steps[4 * epoch : 4 * epoch + 4]).tolist()
-            assert sorted(order) == list(range(32))
-            epochs[seed, iteration, epoch] = tuple(order)
-    assert {epochs[1, 1, 0], epochs[1, 2, 0]} == {tuple(range(32))}, "it is in random order already"
-    assert len(set(epochs.values())) == 7
 
 
 class Table:
@@ -270,16 +178,18 @@ def test_epochs_end_once_the_policy_has_moved_a_tenth_of_a_nat_and_ema_takes_rea
         moved, norms, steps, monkeypatch):
     utils.init_distributed(0)
     ones = torch.ones(5, 7)
-    batch = batch_of(sample_logprobs=0 * ones, old_logprobs=-ones, advantages=ones)
+    mask = torch.tensor(WHOLE_ROWS, dtype=torch.bool)
+    lengths = torch.full((5,), 7)
+    batch = ppo.Batch(torch.zeros(5, 9).long(), lengths - 5, lengths, mask, mask[:, 0], 0 * ones,
+                      old_logprobs=-ones, advantages=ones)
     # The change x of a log-probability of which exp(x) - 1 - x is this large.
     changes = [next(x for x in np.arange(0, 1, 1e-5) if math.exp(x) - 1 - x >= kl) for kl in moved]
     actor = Table([x - ones for x in changes])
     updates = []
     left = list(norms)
     monkeypatch.setattr(utils, "step", lambda *engines: [left.pop(0)])
-    ema = type("EMA", (), {"update": lambda self: updates.append(1)})()
-    rows = np.arange(5)
-    metrics = ppo.update(batch, [rows] * 4, actor, None, ema, None, ppo.Config(), 5, 1)
+    ema = SimpleNamespace(update=lambda: updates.append(1))
+    metrics = ppo.update(batch, [np.arange(5)] * 4, actor, None, ema, None, ppo.Config(), 5, 1)
     assert 4 - len(actor.tables) == steps
     assert metrics["approx_kl"] == pytest.approx(np.mean(moved[:steps]), abs=1e-4)
     assert metrics["actor_grad_norm"] == norms[steps - 1], "of the last step"
@@ -288,84 +198,34 @@ def test_epochs_end_once_the_policy_has_moved_a_tenth_of_a_nat_and_ema_takes_rea
     assert len(updates) == steps - norms[:steps].count(None)
 
 
-class ScriptedSampler:
-    """A sampler whose answers are given: prompt (a tuple of ids) -> answer ids."""
-
-    def __init__(self, answers):
-        self.answers = answers
-        self.released = False
-
-    def generate(self, prompts, *arguments, **more):
-        self.arguments = (*arguments, *more.values())
-        answers = [self.answers[tuple(prompt)] for prompt in prompts]
-        tokens, lengths = data.pad([np.array(p + a) for p, a in zip(prompts, answers)])
-        answer_lens = torch.tensor([len(a) for a in answers])
-        sampled = torch.arange(int(answer_lens.max())) < answer_lens[:, None]
-        return hybrid_engine.Rollout(tokens, lengths - answer_lens, answer_lens, -1.0 * sampled,
-                                     sampled)
-
-    def release(self):
-        self.released = True
-
-
 def test_a_rollout_says_what_was_sampled_and_its_texts_hold_all_tokens_but_the_end(tok):
     utils.init_distributed(0)
-    end, pad = tok.eos_token_id, tok.pad_token_id  # <pad> is a special token that a policy may say
-    a, bc, d = [tok(text)["input_ids"] for text in ("a", "bc<pad>", "d")]
+    end, pad = tok.eos_token_id, tok.pad_token_id  # <pad>: a special token that a policy may say
+    prompts = [tok(text)["input_ids"] for text in ("a", "bc<pad>", "d")]
     rows = data.Rows()
-    for i, prompt in enumerate((a, bc, d)):
+    for i, prompt in enumerate(prompts):
         rows.add(prompt, [], [], {"target": 10 * i}, 0)
-    answers = {tuple(a): [*tok("AB")["input_ids"], pad, end], tuple(bc): tok("C")["input_ids"],
-               tuple(d): [97]}
-    sampler = ScriptedSampler(answers)
-    cfg = ppo.Config(max_new_tokens=3, temperature=0.7)
-    batch = ppo.rollout(sampler, rows, np.array([1, 0, 2, 0]), [5, 6, 7, 8], cfg, tok, [end, 97])
-    assert sampler.arguments == (3, 0.7, [end, 97], [5, 6, 7, 8])
-    assert sampler.released, "its memory is needed for training"
-    assert batch.mask.sum(1).tolist() == batch.answer_lens.tolist() == [1, 4, 1, 4]
-    assert batch.finished.tolist() == [False, True, True, True], "either of the two ids ends it"
+    answers = [[33, 34, pad, end], [35], [97]]
+    said = []
+
+    def generate(own, *arguments, **more):
+        assert own == [prompts[i] for i in (1, 0, 2)]
+        said.extend([*arguments, *more.values()])
+        both = [np.array(prompts[i] + answers[i]) for i in (1, 0, 2)]
+        lens = torch.tensor([1, 4, 1])
+        tokens, lengths = data.pad(both)
+        sampled = torch.arange(4) < lens[:, None]
+        return hybrid_engine.Rollout(tokens, lengths - lens, lens, -1.0 * sampled, sampled)
+
+    sampler = SimpleNamespace(generate=generate, release=lambda: said.append("released"))
+    cfg = ppo.Config(max_new_tokens=4, temperature=0.7)
+    batch = ppo.rollout(sampler, rows, np.array([1, 0, 2]), [5, 6, 7], cfg, tok, [end, 97])
+    assert said == [4, 0.7, [end, 97], [5, 6, 7], "released"], "its memory is needed for training"
+    assert batch.mask.sum(1).tolist() == batch.answer_lens.tolist() == [1, 4, 1]
+    assert batch.finished.tolist() == [False, True, True], "either of the two ids ends an answer"
     assert batch.columns == {
-        "prompts": ["bc<pad>", "a", "d", "a"],
-        "completions": ["C", "AB<pad>", "", "AB<pad>"],
-        "completion_ids": [answers[tuple(x)] for x in (bc, a, d, a)],
-        "target": [10, 0, 20, 0],
-    }
-
-
-def test_scoring_runs_every_model_on_every_row_and_leaves_out_what_no_reward_judged(monkeypatch):
-    utils.init_distributed(0)
-    monkeypatch.setattr(utils, "on_device", lambda *_: contextlib.nullcontext())
-
-    def actor(tokens, prompt_lens, answer_lens, temperature):
-        return tokens[:, :1].float().expand(-1, int(answer_lens.max())) * temperature, None
-
-    def ref(*inputs):
-        return -actor(*inputs)[0], None
-
-    odd = scorer_of("odd", 0.5, function=lambda target: [t if t % 2 else None for t in target])
-    model = scorer_of("model", model=lambda tokens: tokens.float() * 2)
-    logged = scorer_of("logged", 0.0, function=lambda prompts: [None] * len(prompts))
-    cfg = ppo.Config(temperature=0.5)
-    steps = [np.array([4, 1]), np.array([0, 3]), np.array([2])]
-    batch = batch_of()
-    ppo.score(batch, steps, 1, cfg, ref, [odd, model, logged], actor, lambda tokens: tokens.float())
-    for i, (p, a) in enumerate(zip(batch.prompt_lens.tolist(), batch.answer_lens.tolist())):
-        tokens = batch.tokens[i].float()
-        assert batch.values[i, :a].tolist() == tokens[p - 1 : p - 1 + a].tolist()
-        assert batch.scores["model"][i] == 2 * tokens[p + a - 1], "at the last token"
-        assert set(batch.ref_logprobs[i, :a].tolist()) == {-0.5 * tokens[0].item()}
-        assert set(batch.old_logprobs[i, :a].tolist()) == {0.5 * tokens[0].item()}
-        assert batch.kl[i] == a * tokens[0], "of both log-probabilities, over the answer"
-    assert batch.scores["odd"].nan_to_num(-1).tolist() == [-1, 1, -1, 3, -1]
-    odd_scores = torch.tensor([0.0, 1, 0, 3, 0])
-    torch.testing.assert_close(batch.total, 0.5 * odd_scores + batch.scores["model"])
-    assert torch.equal(batch.mask, batch_of().mask)
-
-    batch = batch_of()
-    ppo.score(batch, steps, 1, cfg, ref, [odd, logged])
-    assert torch.equal(batch.old_logprobs, batch.sample_logprobs), "one forward less"
-    assert batch.mask.any(1).tolist() == [False, True, False, True, False]
-    torch.testing.assert_close(batch.kl[[0, 2, 4]], torch.zeros(3))
+        "prompts": ["bc<pad>", "a", "d"], "completions": ["D", "BC<pad>", ""],
+        "completion_ids": [answers[i] for i in (1, 0, 2)], "target": [10, 0, 20]}
 
 
 def test_a_reward_function_gets_by_name_what_its_signature_names():
@@ -391,15 +251,14 @@ def test_a_reward_function_gets_by_name_what_its_signature_names():
         ppo.call_function(lambda target: [0, 0], columns)
 
 
-class Head:
+def model_with(**config):
     """What normalize reads of a model: its config."""
-
-    def __init__(self, **config):
-        self.lm = type("LM", (), {"config": type("Config", (), config)()})()
+    return SimpleNamespace(lm=SimpleNamespace(config=SimpleNamespace(**config)))
 
 
 def test_rewards_without_a_scale_get_that_of_the_first_evaluation_and_so_does_a_foreign_critic():
-    ours, foreign = Head(score_scale=2.0, score_offset=1.0), Head(score_offset=7.0)
+    ours = model_with(score_scale=2.0, score_offset=1.0)
+    foreign, critic = model_with(), model_with(score_offset=7.0)
     scorers = [scorer_of("ours", model=ours), scorer_of("foreign", 0.5, model=foreign),
                scorer_of("rule", -1.0, function=len), scorer_of("logged", 0.0, function=len),
                scorer_of("one", 1.0, function=len), scorer_of("silent", 1.0, function=len)]
@@ -408,7 +267,6 @@ def test_rewards_without_a_scale_get_that_of_the_first_evaluation_and_so_does_a_
                       critic=(-30, 8))
     for name, (mean, std) in statistics.items():
         before |= {f"eval_{name}": mean, f"eval_{name}_std": std}
-    critic = Head(score_offset=7.0)
     ppo.normalize(scorers, critic, before)
     assert [(s.mean, s.std) for s in scorers] == [
         (0, 1), (-30, 8), (0.5, 0.1), (0, 1), (1, 1), (0, 1)]

@@ -426,29 +426,3 @@ def test_ppo_takes_the_steps_of_a_second_version(
     assert distance(critic.lm, second.critic.model, critic_start.lm) < 1e-4
     assert distance(lm_of(tmp_path / "ppo"), second.actor, actor_start.lm) < 1e-4
     assert distance(lm_of(tmp_path / "ppo" / "ema"), second.ema, actor_start.lm) < 1e-4
-
-
-def test_the_gradient_of_the_mixture_is_added_whole_however_the_step_is_split(
-        chain, toy_file, tmp_path, monkeypatch):
-    gradients = {}
-    real_step = utils.step
-
-    def step(*engines):
-        if engines[0].is_gradient_accumulation_boundary():
-            parts = [p.grad.flatten().double() for p in engines[0].trained_params]
-            gradients[name] = torch.cat(parts)
-        return real_step(*engines)
-
-    monkeypatch.setattr(utils, "step", step)
-    text = write_rows(tmp_path / "text.jsonl", texts_of_many_lengths())
-    flags = dict(COMMON, model=chain["sft"][0], reward=chain["reward"][0], data=toy_file,
-                 iterations=1, minibatches=1, max_new_tokens=8, ptx_coef=2.5, ema=0.0)
-    for name, more in (("ppo", {}), ("both", dict(ptx_data=text, micro_batch=3)),
-                       ("text", dict(ptx_data=text))):
-        if name == "text":
-            monkeypatch.setattr(ppo, "actor_loss", lambda logprobs, *_: (logprobs * 0).sum())
-        train(ppo, tmp_path / name, **flags, **more)
-    # These are gradients before DeepSpeed clips their norm to 1.
-    together = gradients["ppo"] + gradients["text"]
-    torch.testing.assert_close(gradients["both"], together, rtol=1e-4, atol=1e-6)
-    assert gradients["text"].norm() > 0.01 and gradients["ppo"].norm() > 0.01

@@ -4,12 +4,10 @@ from part_6_second_versions import record_rollouts
 from prelude import *
 from prelude import long, some
 
-COLUMNS = {  # of an iteration of PPO, in metrics.jsonl
-    "score", "score_std", "score_clipped", "unjudged", "kl", "length", "eos_rate", "entropy",
-    "actor_loss", "critic_loss", "approx_kl", "clip_frac", "value_clip_frac", "ratio_mean",
-    "ratio_max", "advantage_mean", "advantage_std", "explained_variance", "engine_gap_mean",
-    "engine_gap_max", "actor_grad_norm", "critic_grad_norm", "actor_lr", "skipped", "rollout_s",
-    "score_s", "update_s", "seconds", "tokens_per_s", "memory_gib", "score_reward"}
+COLUMNS = set("""score score_std score_clipped unjudged kl length eos_rate entropy actor_loss
+critic_loss approx_kl clip_frac value_clip_frac ratio_mean ratio_max advantage_mean advantage_std
+explained_variance engine_gap_mean engine_gap_max actor_grad_norm critic_grad_norm actor_lr skipped
+rollout_s score_s update_s seconds tokens_per_s memory_gib score_reward""".split())
 EVALUATED = {"eval_score", "eval_score_se", "eval_kl", "eval_reward", "eval_reward_std"}
 RULES_OF_RUNS = """
 def length(completions):
@@ -90,20 +88,19 @@ def test_every_step_logs_finite_numbers_and_what_its_reader_needs(chain):
 
 def test_tokens_jsonl_has_the_numbers_of_each_token_and_the_critic_starts_as_the_reward_model(
         chain, tok):
-    rows = read_lines(f"{chain['ppo'][0]}/tokens.jsonl")
-    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4
     lists = {"response_tokens", "mask", "logprobs", "ref_logprobs", "values", "token_rewards",
              "advantages", "returns"}
     critic = reward.RewardModel.from_pretrained(chain["reward"][0], torch.float32)
+    rows = read_lines(f"{chain['ppo'][0]}/tokens.jsonl")
+    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4
     for row in rows:
         assert set(row) == lists | {"step", "prompt", "reward"}
         assert {len(row[name]) for name in lists} == {len(row["response_tokens"])}
         kl = 0.05 * (np.array(row["logprobs"]) - row["ref_logprobs"])
         assert row["token_rewards"][:-1] == pytest.approx(-kl[:-1], abs=1e-5)
-        ids = tok(row["prompt"])["input_ids"]
         if row["step"] == 1:  # the state before the first token
-            values = critic(torch.tensor([ids]))[0]
-            assert row["values"][0] == pytest.approx(values[-1].item(), rel=1e-4)
+            value = critic(torch.tensor([tok(row["prompt"])["input_ids"]]))[0, -1].item()
+            assert row["values"][0] == pytest.approx(value, rel=1e-4)
 
 
 def test_what_is_rewarded_becomes_likelier_and_what_was_chosen_scores_higher(
@@ -150,7 +147,8 @@ def test_a_reward_of_weight_0_is_logged_as_it_is_and_trains_nothing(flags, tmp_p
 def test_an_answer_that_no_reward_judged_is_left_out_and_counted(
         flags, rules, tmp_path, monkeypatch):
     calls = record_rollouts(monkeypatch)
-    metrics = train(ppo, tmp_path / "p", **flags | dict(reward=f"{rules}:picky", micro_batch=2))
+    more = dict(reward=f"{rules}:picky,{rules}:short:0", micro_batch=2)
+    metrics = train(ppo, tmp_path / "p", **flags | more)
     batch = calls[1][1]
     sort = ["sort" in prompt for prompt in batch.columns["prompts"]]
     assert 0 < sum(sort) < 8, "some micro batches have none"
@@ -212,26 +210,21 @@ def test_a_foreign_critic_has_the_scale_in_which_ppo_sees_the_score(
     assert seen in capsys.readouterr().out
 
 
-def test_the_critic_starts_from_the_flag_else_the_first_reward_that_counts_else_a_new_head(tok):
-    paths = []
+def test_the_critic_starts_from_the_flag_else_the_first_reward_that_counts_else_a_new_head(
+        tok, monkeypatch):
+    monkeypatch.setattr(ppo, "load_reward_model", lambda path, *arguments: path)
 
-    def load(path, *arguments):
-        paths.append(path)
+    def start(*scorers, **more):
+        cfg = ppo.Config(model="tiny", **more)
+        return ppo.load_critic(cfg, scorers, tok, torch.float32)
 
-    def start(scorers, **more):
-        paths.clear()
-        critic = ppo.load_critic(ppo.Config(model="tiny", **more), scorers, tok, torch.float32)
-        return paths[0] if paths else critic
-
-    model = [ppo.Scorer(name, name, weight, model=1) for name, weight in (("a", 0.0), ("b", 0.5))]
+    logged, counts = (ppo.Scorer(name, name, weight, model=1) for name, weight in zip("ab", (0, 1)))
     rule = ppo.Scorer("rules.py:f", "f", 1.0, function=len)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "load_reward_model", load)
-        assert start([rule, *model]) == "b", "one of weight 0 is only logged"
-        assert start([rule, *model], critic="c") == "c"
-        new = start([rule, model[0]])
-    assert new.lm.config.score_scale == 1.0, "a new head is no foreign one"
-    assert new.lm.score.weight.std().item() == pytest.approx(129**-0.5, rel=0.2)
+    assert start(rule, logged, counts) == "b", "one of weight 0 is only logged"
+    assert start(rule, logged, counts, critic="c") == "c"
+    new = start(rule, logged).lm
+    assert new.config.score_scale == 1.0, "a new head is no foreign one"
+    assert new.score.weight.std().item() == pytest.approx(129**-0.5, rel=0.2)
 
 
 def test_learning_rates_fall_linearly_to_a_tenth_and_know_the_built_in_model_from_others(
@@ -257,9 +250,9 @@ def test_learning_rates_fall_linearly_to_a_tenth_and_know_the_built_in_model_fro
 
 
 # With gradient checkpointing a model trains in training mode.
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("minibatches, gradient_checkpointing", [(1, False), (2, True)])
 def test_the_first_ratio_is_exactly_one_in_spite_of_dropout_in_the_config(
-        gradient_checkpointing, chain, flags, tmp_path, monkeypatch):
+        minibatches, gradient_checkpointing, chain, flags, tmp_path, monkeypatch):
     folders = {"model": copy_of(chain["sft"][0], tmp_path / "sft", attention_dropout=0.1),
                "reward": copy_of(chain["reward"][0], tmp_path / "reward", attention_dropout=0.1)}
     forwards = []
@@ -270,22 +263,18 @@ def test_the_first_ratio_is_exactly_one_in_spite_of_dropout_in_the_config(
         return real(self, *arguments)
 
     monkeypatch.setattr(sft.Policy, "forward", forward)
-    flags = flags | folders | dict(temperature=0.7, micro_batch=3, iterations=2,
-                                   gradient_checkpointing=gradient_checkpointing)
-    for minibatches in (1, 2):
-        forwards.clear()
-        more = dict(minibatches=minibatches, actor_lr=1e-12)
-        metrics = train(ppo, tmp_path / f"{minibatches}", **flags | more)
-        for row in metrics[1:]:
-            assert row["ratio_max"] == row["ratio_mean"] == 1, "exactly, at any temperature"
-            assert row["clip_frac"] == row["approx_kl"] == 0
-            assert abs(row["kl"]) < 1e-5, "the reference has the temperature in it too"
-            assert row["engine_gap_max"] < 1e-4, "and so has the sampler"
-        parts = 6  # of 16 rows: 3, 3, 3, 3, 3, 1, or twice 3, 3, 2
-        scored = 2 * parts * minibatches  # a single step needs no forward of the actor here
-        evaluated = 3 * 2  # in micro batches of 32
-        assert forwards.count(False) == scored + evaluated
-        assert forwards.count(True) == 2 * parts
+    flags = flags | folders | dict(temperature=0.7, micro_batch=3, minibatches=minibatches)
+    metrics = train(ppo, tmp_path / "p", **flags, actor_lr=1e-12,
+                    gradient_checkpointing=gradient_checkpointing)
+    row = metrics[1]
+    assert row["ratio_max"] == row["ratio_mean"] == 1, "exactly, at any temperature"
+    assert row["clip_frac"] == row["approx_kl"] == 0
+    assert abs(row["kl"]) < 1e-5, "the reference has the temperature in it too"
+    assert row["engine_gap_max"] < 1e-4, "and so has the sampler"
+    # Of 16 rows: 3, 3, 3, 3, 3, 1, or twice 3, 3, 2; two evaluations in micro batches of 32.
+    # A single step needs no forward of the actor before it.
+    scored = 6 * minibatches
+    assert [forwards.count(with_gradient) for with_gradient in (False, True)] == [scored + 4, 6]
 
 
 def test_rollouts_are_in_random_order_and_answers_to_a_prompt_stand_side_by_side_and_differ(
@@ -295,19 +284,17 @@ def test_rollouts_are_in_random_order_and_answers_to_a_prompt_stand_side_by_side
         more = dict(iterations=2, answers_per_prompt=4, seed=seed)
         train(ppo, tmp_path / f"{seed}", **flags | more)
     rollouts = [call for call in calls if len(call[0]) == 16]
-    assert len(rollouts) == 4
-    assert len({seed for seeds, _ in rollouts for seed in seeds}) == 64, "each has its own"
-    unsorted = 0
-    for seeds, batch in calls:
-        if len(seeds) != 16:
-            assert seeds == [2**31 + i for i in range(len(seeds))], "evaluations: always the same"
-            continue
-        groups = [batch.columns["prompts"][i : i + 4] for i in range(0, 16, 4)]
-        assert all(len(set(group)) == 1 for group in groups) and len(set(sum(groups, []))) == 4
-        answers = [batch.columns["completions"][i : i + 4] for i in range(0, 16, 4)]
+    assert len({seed for seeds, _ in rollouts for seed in seeds}) == 4 * 16, "each has its own"
+    for seeds, _ in calls:
+        fixed = [2**31 + i for i in range(len(seeds))]
+        assert len(seeds) == 16 or seeds == fixed, "evaluations have always the same"
+    for _, batch in rollouts:
+        prompts = np.array(batch.columns["prompts"]).reshape(4, 4)
+        assert (prompts == prompts[:, :1]).all() and len(set(prompts[:, 0])) == 4
+        answers = np.array(batch.columns["completions"]).reshape(4, 4)
         assert all(len(set(group)) > 1 for group in answers)
-        unsorted += batch.prompt_lens.tolist() != sorted(batch.prompt_lens.tolist())
-    assert unsorted, "all minibatches are alike"
+    lengths = [batch.prompt_lens.tolist() for _, batch in rollouts]
+    assert any(x != sorted(x) for x in lengths), "all minibatches are alike"
 
 
 def test_a_reward_model_of_another_chat_template_or_tokenizer_is_refused_a_foreign_one_named(
@@ -335,7 +322,7 @@ def test_a_reward_model_of_another_chat_template_or_tokenizer_is_refused_a_forei
 
 
 def test_ids_without_a_word_are_neither_sampled_nor_part_of_any_probability(
-        toy_file, tok, tmp_path, monkeypatch):
+        toy_file, tok, rules, tmp_path, monkeypatch):
     """A model whose vocabulary is padded from 258 to 320 ids."""
     from transformers import AutoModelForCausalLM as Auto
 
@@ -345,25 +332,20 @@ def test_ids_without_a_word_are_neither_sampled_nor_part_of_any_probability(
     Auto.from_config(config).save_pretrained(tmp_path / "padded")
     tok.save_pretrained(tmp_path / "padded")
     common = dict(COMMON, data=toy_file, zero=some(0, 3))
-    metrics = train(sft, tmp_path / "sft", model=str(tmp_path / "padded"), epochs=0.1, **common)
-    assert len(metrics) == 2
-    lm = Auto.from_pretrained(tmp_path / "sft")
-    assert lm.get_output_embeddings().weight.shape == (320, 64)
-    before = Auto.from_pretrained(tmp_path / "padded").get_output_embeddings().weight
-    moved = (lm.get_output_embeddings().weight != before).any(1)
-    assert moved[97:123].all() and not moved[258:].any()
+    train(sft, tmp_path / "sft", model=str(tmp_path / "padded"), epochs=0.1, **common)
+    heads = [Auto.from_pretrained(tmp_path / name).lm_head.weight for name in ("sft", "padded")]
+    assert heads[0].shape == (320, 64)
+    moved = (heads[0] != heads[1]).any(1)
+    assert moved[66:90].all() and not moved[258:].any()
 
     lm = utils.load_model(Auto, str(tmp_path / "sft"), torch.float32, tok)
     tokens, lengths = torch.tensor([[72, 117, 109, 97]]), torch.tensor([2])
     logprobs, entropy = sft.Policy(lm)(tokens, lengths, lengths)
-    logits = lm(tokens).logits[0, 1:3, :258]
-    expected = logits.log_softmax(-1)
+    expected = lm(tokens).logits[0, 1:3, :258].log_softmax(-1)
     torch.testing.assert_close(logprobs[0], expected[[0, 1], [109, 97]])
     torch.testing.assert_close(entropy[0], -(expected.exp() * expected).sum(-1))
 
     calls = record_rollouts(monkeypatch)
-    rules = tmp_path / "rules.py"
-    rules.write_text(RULES_OF_RUNS)
     metrics = train(ppo, tmp_path / "ppo", model=str(tmp_path / "sft"), reward=f"{rules}:length",
                     iterations=1, minibatches=1, max_new_tokens=8, **common)
     assert metrics[1]["engine_gap_max"] < 1e-4, "sampler and trainer agree"

@@ -6,7 +6,8 @@ from prelude import *
 from prelude import long, some
 
 
-def trained_on_ranks(script, out, flags):
+def trained_on_ranks(name, out, flags):
+    script = {"sft": sft, "reward": reward, "ppo": ppo}[name]
     metrics = None
     script.main(script.Config(out=out, **flags))
     if dist.get_rank() == 0:  # it has written them
@@ -89,7 +90,7 @@ def test_sft_and_reward_under_zero_3_take_the_steps_of_one_process(two, chain, t
         flags = dict(COMMON, model=start, data=source, epochs=0.22, lr=1e-3)
         one = train(script, tmp_path / name, **flags, micro_batch=5)
         out = str(tmp_path / f"{name}-3")
-        metrics, _ = two(trained_on_ranks, script, out, dict(flags, zero=3, micro_batch=3))
+        metrics, _ = two(trained_on_ranks, name, out, dict(flags, zero=3, micro_batch=3))
         assert_same_steps(metrics, one)
         assert len(one) > 2
         if script is sft:
@@ -111,9 +112,9 @@ def ppo_flags(chain, toy_file, tmp_path_factory):
 def test_ppo_under_zero_3_with_tensor_parallel_rollouts_takes_the_steps_of_one_process(
         two, ppo_flags, chain, tmp_path):
     one = train(ppo, tmp_path / "one", **ppo_flags, micro_batch=4)
-    assert 4 < one[1]["unjudged"] < 16 and one[2]["kl"] > 1e-3
+    assert 4 < one[1]["unjudged"] < 16 and abs(one[2]["kl"]) > 1e-3
     flags = dict(ppo_flags, zero=3, tp=2, micro_batch=1)
-    metrics, _ = two(trained_on_ranks, ppo, str(tmp_path / "two"), flags)
+    metrics, _ = two(trained_on_ranks, "ppo", str(tmp_path / "two"), flags)
     assert_same_steps(metrics, one)
     for folder in (".", "ema"):
         assert_same_weights(tmp_path / "two" / folder, tmp_path / "one" / folder, chain["sft"][0])
@@ -135,7 +136,7 @@ def test_ppo_with_lora_zero_2_offload_checkpointing_and_a_mixture_takes_the_step
     flags = dict(ppo_flags, lora=4, ptx_data=text, actor_lr=1e-2)
     one = train(ppo, tmp_path / "one", **flags)
     more = dict(zero=2, offload=True, gradient_checkpointing=True, micro_batch=3)
-    metrics, _ = two(trained_on_ranks, ppo, str(tmp_path / "two"), flags | more)
+    metrics, _ = two(trained_on_ranks, "ppo", str(tmp_path / "two"), flags | more)
     assert_same_steps(metrics, one)
     assert_same_weights(tmp_path / "two", tmp_path / "one", chain["sft"][0])
 

@@ -154,12 +154,13 @@ def transformers_generate(lm, prompts, new_tokens, ends):
 
 def transformers_generate_batch(lm, prompts, new_tokens, ends):
     """transformers' own continuous batching. Its manager is kept: a start takes it seconds."""
-    from transformers import GenerationConfig
+    from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=True, top_k=0, pad_token_id=0,
                               eos_token_id=ends or -1)
-    outputs = lm.generate_batch(prompts, generation_config=config, persistent_manager=True)
+    memory = ContinuousBatchingConfig(max_memory_percent=None if CUDA else 0.1)
+    outputs = lm.generate_batch(prompts, config, memory, persistent_manager=True)
     return sum(len(output.generated_tokens) for output in outputs.values())
 
 

@@ -24,9 +24,9 @@ from tools import bench
 from tools.bench import CUDA, DEVICE
 
 TINY = bool(os.environ.get("TINY"))
-P = A = 16 if TINY else 256         # tokens of prompts and answers
+P = A = 16 if TINY else 256  # tokens of prompts and answers
 BATCHES = (1, 3) if TINY else (1, 32, 128)
-ROWS = BATCHES[1]                   # where one batch size is enough
+ROWS = BATCHES[1]
 
 SMALL = "vocab_size=211,hidden_size=64,num_hidden_layers=3,num_attention_heads=4"
 LLAMA = f"{SMALL},intermediate_size=128,num_key_value_heads=2"
@@ -75,13 +75,12 @@ def build(name):
 def machine():
     import triton
 
-    write(section="machine", device=bench.device_name(), python=sys.version.split()[0],
-          torch=torch.__version__, cuda=torch.version.cuda, triton=triton.__version__,
-          transformers=transformers.__version__)
+    write(section="machine", device=bench.device_name(), python=sys.version,
+          versions=[m.__version__ for m in (torch, triton, transformers)])
 
 
 def own_logprobs(model, out, i, temperature):
-    """Log-probabilities of the answer of row i by a forward of the model itself."""
+    """The answer of row i by a forward of the model itself."""
     p, a = int(out.prompt_lens[i]), int(out.answer_lens[i])
     tokens = out.tokens[i, : p + a]                                                 # (T,)
     logits = model(tokens[None]).logits[0, p - 1 : -1].float() / temperature        # (a, V)
@@ -110,7 +109,7 @@ def parity():
         eager.use_graphs = False
         a = HybridEngine(model).generate(P, 40, seed=3)
         b = eager.generate(P, 40, seed=3)
-        model = utils.cast(model, torch.bfloat16)
+        model = model.bfloat16()
         c = HybridEngine(model).generate(P, 40, temperature=0.7, seed=3)
         gaps = [(own_logprobs(model, c, i, 0.7) - c.logprobs[i]).abs() for i in range(len(P))]
         gaps = torch.cat(gaps)
@@ -173,7 +172,6 @@ def ppo_step():
     for line in (folder / "out/metrics.jsonl").read_text().splitlines()[1:]:
         row = json.loads(line)
         write(section="ppo", batch=cfg.batch, pairs_per_s=cfg.batch / row["seconds"], **row)
-    shutil.rmtree(folder)
 
 
 # -----------------------------------------------------------------------------
@@ -272,8 +270,7 @@ if __name__ == "__main__":
         print(f"== {section}", flush=True)
         start = time.perf_counter()
         failed = None
-        if CUDA:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         try:
             name, _, model = section.partition(":")
             globals()[name](*filter(None, [model]))

@@ -55,6 +55,7 @@ MACHINES = {
     "a100-80g": Machine(80, 2.04e12, 312e12, 19.5e12, 300e9),
     "a100-40g": Machine(40, 1.56e12, 312e12, 19.5e12, 300e9),
     "a6000":    Machine(48, 0.77e12, 155e12, 38.7e12, 56e9),
+    "rtx4090":  Machine(24, 1.01e12, 165e12, 82.6e12, 32e9),
     "v100-32g": Machine(32, 0.90e12, 0, 15.7e12, 150e9),
     "cpu":      Machine(psutil.virtual_memory().total / GIB, 0, 0, 0, 0),
 }
@@ -141,8 +142,7 @@ class Net:
         utils.add_lora(lm, lora)
         self.adapters = count(lm) - self.full
 
-    def kv_bytes(self, itemsize):
-        """Keys and values of one token."""
+    def kv_bytes(self, itemsize):  # of one token
         return 2 * self.L * self.K * self.D * itemsize
 
     def flops(self, tokens, length, head_tokens):
