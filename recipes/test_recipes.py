@@ -8,9 +8,8 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
-import pytest
-
 import numpy as np
+import pytest
 import torch
 
 import data
@@ -168,16 +167,16 @@ def test_a_tools_words_are_holes_and_the_policy_goes_on_behind_them(recipe, tok,
     utils.init_distributed(0)
     rows = SimpleNamespace(prompts=[np.array([65, 66, 67]), np.array([68, 69])],
                            fields=[{"n": 2}, {"n": 3}], columns=lambda indices: {})
-    tool = "def reply(answer, n):\n    return None if len(answer) % 4 == n else 'ABC'[:n]\n"
+    tool = "def reply(answer, n):\n    return None if len(answer) % n == 0 else 'ABC'[:n]\n"
     (tmp_path / "tool.py").write_text(tool)
     lm = model_of("llama")
     sampler = hybrid_engine.HybridEngine(lm)
     module = recipe("tool-use")
     cfg = module.Config(max_new_tokens=6, respond=f"{tmp_path}/tool.py:reply")
-    ends = list(range(0, 97, 2))  # so that half of the tokens end an answer
+    ends = list(range(0, 97, 3))  # so that a third of the tokens end an answer
     seeds = [hash((3, i)) for i in range(12)]
     batch = module.rollout(sampler, rows, np.array([0, 1] * 6), seeds, cfg, tok, ends)
-    cut = 0  # answers that would have called a third time
+    replies = 0
     for i, seed in enumerate(seeds):  # the second version: one row alone, turn after turn
         prompt, n = rows.prompts[i % 2].tolist(), rows.fields[i % 2]["n"]
         answer, sampled = [], []
@@ -185,17 +184,17 @@ def test_a_tools_words_are_holes_and_the_policy_goes_on_behind_them(recipe, tok,
             out = sampler.generate([prompt + answer], 6, eos_token_id=ends, seed=[seed])
             answer += out.tokens[0, len(prompt) + len(answer) :].tolist()
             sampled += [True] * (len(answer) - len(sampled))
-            if turn == 2 or answer[-1] not in ends or len(tok.decode(answer[:-1])) % 4 == n:
+            if turn == 2 or answer[-1] not in ends or len(tok.decode(answer[:-1])) % n == 0:
                 break
             answer += tok("ABC"[:n])["input_ids"]
             sampled += [False] * n
+            replies += 1
         N = len(answer)
-        cut += turn == 2 and answer[-1] in ends
         assert batch.tokens[i, : len(prompt) + N].tolist() == prompt + answer
         assert batch.mask[i].tolist() == sampled + [False] * (batch.mask.size(1) - N)
         expected = plain_logprobs(lm, prompt + answer, len(prompt)) * torch.tensor(sampled)
         assert batch.sample_logprobs[i, :N].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
-    assert cut > 0
+    assert replies > 3
 
 
 @long
