@@ -33,13 +33,15 @@ from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the hub
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
 import chat
 import data
@@ -817,6 +819,8 @@ def test_a_ranking_is_its_answers_best_first_and_ties_share_a_rank(row, response
 # ---- sources ----
 
 SOURCE = """
+import os
+from words_of_mine import WORDS
 
 def pairs():
     for i in range(60):
@@ -1263,6 +1267,8 @@ def test_a_saved_folder_keeps_its_settings_names_the_ends_and_holds_nothing_brok
 
 def test_each_folder_loads_with_transformers_alone_in_a_fresh_process(chain, tmp_path):
     probe = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 out = {}
 for step in ("sft", "reward", "ppo", "ppo/ema"):
     auto = AutoModelForSequenceClassification if step == "reward" else AutoModelForCausalLM
@@ -3766,7 +3772,7 @@ def load_rows_of_rank(path):
 
 def test_ranks_that_read_different_rows_are_told_so(two, tmp_path):
     path = tmp_path / "rows.py"
-    path.write_text("from part_9_ranks import rows_of_rank as rows\n")
+    path.write_text("from test_all import rows_of_rank as rows\n")
     for message in two(load_rows_of_rank, f"{path}:rows"):
         assert "ranks read different rows" in message
 

@@ -224,7 +224,7 @@ def test_votes_are_rows_that_reward_py_trains_on(lm, tmp_path):
         assert vote("left", "same", "same") == {"wins": {"lm": 1, "other": 1}, "ties": 2}
     rows = [data.as_example(row) for row in data.read(str(path))]
     assert all(row.messages == ASK for row in rows)
-    said = [row.for_step("reward") for row in rows]
+    said = [row.answers("reward") for row in rows]
     assert [[m["content"] for m in answers] for answers in said[:2]] == [
         ["good", "bad"], ["Human: a\n\nAssistant: b", "bad"]]
     assert said[2:] == [None, None], "a tie is no comparison"
