@@ -4423,6 +4423,14 @@ def test_make_demo_and_each_ppo_of_the_readme_after_it_end_better_than_they_bega
     assert 0.55 < json.loads((repo / "out/demo/summary.json").read_text())["sft"]["gold"] < 0.7
 
 
+def test_the_readme_gives_the_sizes_of_the_files_within_a_tenth():
+    sizes = re.findall(r"^(\w+\.py) +(\d+) ", (HERE / "README.md").read_text(), re.M)
+    assert len(sizes) == 9
+    for name, lines in sizes:
+        counted = len((HERE / name).read_text().splitlines())
+        assert abs(int(lines) - counted) <= counted / 10, f"{name} has {counted} lines"
+
+
 # -----------------------------------------------------------------------------
 # 13. recipes: their own tests, recipes/test_recipes.py, say what they compute
 
