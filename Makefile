@@ -9,10 +9,10 @@ test: .venv/ready
 	$(PY) -m pytest -q test_all.py
 
 test-tools: .venv/ready
-	$(PY) -m pytest -q tools
+	$(PY) -m pytest -q tools recipes
 
 test-long: .venv/ready
-	LONG=1 $(PY) -m pytest -q test_all.py tools
+	LONG=1 $(PY) -m pytest -q test_all.py tools recipes
 
 test-gpu: .venv/ready
 	$(PY) -m pytest -q -k gpu test_all.py

@@ -58,7 +58,7 @@ class Speaker:
     def __init__(self, name, cfg):
         self.name, self.cfg = name, cfg
         self.tokenizer = utils.load_tokenizer(name)
-        lm = utils.load_model(AutoModelForCausalLM, name, utils.dtype_of(cfg.dtype))
+        lm = utils.load_model(AutoModelForCausalLM, name, utils.dtype_of(cfg.dtype), self.tokenizer)
         self.ends = utils.end_ids(self.tokenizer, lm)
         lm.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.engine = make_engine(cfg.engine, Policy(lm))

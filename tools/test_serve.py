@@ -36,9 +36,9 @@ def lm():
 
 
 @contextlib.contextmanager
-def serving(lm, names=("lm",), batch=256, waiting=1024, **flags):
+def serving(lm, tok=TOK, names=("lm",), batch=256, waiting=1024, **flags):
     """Yields a client; client.model: the first Model; client.chat: asks it."""
-    served = {name: serve.Model(lm, TOK, batch, waiting, share=0.3) for name in names}
+    served = {name: serve.Model(lm, tok, batch, waiting, share=0.3) for name in names}
     app = serve.make_app(serve.Config(model=names[0], **flags), served)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -124,7 +124,9 @@ def test_a_stream_is_the_answer_in_pieces_to_what_the_chat_template_renders(clie
 
 def test_the_pieces_of_an_answer_are_its_text_up_to_the_first_stop_string():
     rng = random.Random(0)
-    model = SimpleNamespace(ends=[TOK.eos_token_id], decode=TOK.decode, has_space=True)
+    def decode(ids):  # as sentencepiece: the first token loses its space
+        return TOK.decode(ids).removeprefix(" ")
+    model = SimpleNamespace(ends=[TOK.eos_token_id], decode=decode, has_space=True)
     for _ in range(400):
         ids = rng.choices(range(256), k=9)  # what is no UTF-8, too
         if rng.random() < 0.8:
@@ -136,24 +138,23 @@ def test_the_pieces_of_an_answer_are_its_text_up_to_the_first_stop_string():
         said = ""
         while not answer.reason:
             said += answer.add(ids[answer.tokens], ended=answer.tokens == len(ids) - 1)
-        text = TOK.decode(ids)
+        text = decode(ids)
         found = min((text.find(stop) for stop in stops if stop in text), default=len(text))
         assert said == re.sub(r"\A (?!\s)", "", text[:found]), (text, stops)
         assert answer.reason == ("stop" if found < len(text) else "length")
 
 
 def test_an_answer_ends_at_every_end_that_the_folder_names(lm, monkeypatch):
-    ends = [TOK.eos_token_id, TOK.pad_token_id]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tok = utils.load_tokenizer("tiny")
+    tok.add_tokens(list(letters), special_tokens=True)
+    ends = [tok.eos_token_id, *tok(letters)["input_ids"]]
     monkeypatch.setattr(lm.generation_config, "eos_token_id", ends)
-    prompt = TOK("Human: x\nAssistant:")["input_ids"]
-    seen = set()
-    with serving(lm) as client:
-        for seed in range(4):
-            out = HybridEngine(lm).generate([prompt], 300, 2.0, eos_token_id=ends, seed=seed)
-            usage = client.chat(seed=seed, max_tokens=300, temperature=2).json()["usage"]
-            assert usage["completion_tokens"] == int(out.answer_lens)
-            seen.add(int(out.tokens[0, -1]))
-    assert seen >= set(ends)
+    with serving(lm, tok) as client:
+        for seed in range(6):
+            reply = client.chat(seed=seed, max_tokens=300).json()
+            assert reply["choices"][0]["finish_reason"] == "stop"
+            assert reply["usage"]["completion_tokens"] < 100
 
 
 def test_a_stop_string_ends_the_row_and_is_not_said(client):
@@ -169,9 +170,9 @@ def test_who_hangs_up_frees_a_row_also_one_that_waits(lm, monkeypatch, stream):
         said = slowly(client.model, monkeypatch)
 
         for _ in range(2):
-            threads.submit(client.chat, max_tokens=400, stream=stream, temperature=0, timeout=0.5)
+            threads.submit(client.chat, max_tokens=400, stream=stream, temperature=0, timeout=2)
         wait_until(lambda: len(client.model.rows) == 2)
-        wait_until(lambda: not client.model.rows and not client.model.inbox, 5)
+        wait_until(lambda: not client.model.rows and not client.model.inbox)
         assert len(said) < 300 and len(client.model.engine.free_rows) == 1025
 
 
@@ -193,7 +194,6 @@ def test_a_full_queue_answers_429_and_loses_nobody_and_a_failure_is_told_to_all(
     ({"model": "gpt"}, 404, "there is no model 'gpt'; there is lm"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages: "),
     ({"max_tokens": 600}, 400, "exceed the context of 512 tokens"),
-    ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "exceed the context"),
     ({"top_p": 0}, 400, "top_p: Input should be greater"),
     ({"tools": []}, 400, "tools: Extra inputs are not permitted"),
 ])
@@ -224,7 +224,7 @@ def test_votes_are_rows_that_reward_py_trains_on(lm, tmp_path):
         assert vote("left", "same", "same") == {"wins": {"lm": 1, "other": 1}, "ties": 2}
     rows = [data.as_example(row) for row in data.read(str(path))]
     assert all(row.messages == ASK for row in rows)
-    said = [row.for_step("reward") for row in rows]
+    said = [row.answers("reward") for row in rows]
     assert [[m["content"] for m in answers] for answers in said[:2]] == [
         ["good", "bad"], ["Human: a\n\nAssistant: b", "bad"]]
     assert said[2:] == [None, None], "a tie is no comparison"

@@ -1,20 +1,30 @@
-from prelude import *
-from prelude import long, some
-# -----------------------------------------------------------------------------
-# 13. recipes: each NAME.diff applies; what it computes is that of a loop over tokens
-
+"""What each recipe computes is that of a loop over tokens, and each trains."""
 import importlib.util
+import itertools
 import math
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import hybrid_engine
+import ppo
+import utils
+from test_all import COMMON, HERE, long, model_of, plain_logprobs, train, write_rows
+from test_all import chain, small, tok, toy_file  # noqa: F401 (fixtures)
 
 CORE = [f"{name}.py" for name in "sft reward ppo data utils hybrid_engine kernels".split()]
 RECIPES = {path.stem: path for path in sorted((HERE / "recipes").glob("*.diff"))}
 
 
 def git(*args, cwd=HERE):
-    return subprocess.run(["git", *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(["git", *map(str, args)], cwd=cwd).returncode
 
 
 def user(name):
@@ -24,7 +34,7 @@ def user(name):
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
     """recipe("grpo") is the module ppo with grpo.diff applied."""
-    if git("diff", "--quiet", "HEAD", "--", *CORE).returncode:
+    if git("diff", "--quiet", "HEAD", "--", *CORE):
         pytest.skip("the seven files differ from HEAD: do the recipes still apply?")
     modules = {}
 
@@ -32,27 +42,13 @@ def recipe(tmp_path_factory):
         if name not in modules:
             path = tmp_path_factory.mktemp("recipe") / "ppo.py"
             path.write_text((HERE / "ppo.py").read_text())
-            applied = git("apply", *[RECIPES[part] for part in name.split()], cwd=path.parent)
-            assert applied.returncode == 0, applied.stderr
+            assert git("apply", *[RECIPES[part] for part in name.split()], cwd=path.parent) == 0
             spec = importlib.util.spec_from_file_location(f"ppo_{len(modules)}", path)
             modules[name] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(modules[name])
         return modules[name]
 
     return get
-
-
-@pytest.mark.parametrize("name", [*RECIPES, "grpo clip-higher dynamic-sampling"])
-def test_a_recipe_applies_with_at_most_25_added_lines_and_the_page_has_it(name, recipe):
-    """The last row is DAPO."""
-    recipe(name)
-    for path in [RECIPES[part] for part in name.split()]:
-        added = re.findall(r"^\+(?!\+\+)(.*)", path.read_text(), re.M)
-        assert len(added) <= 25 and max(map(len, added)) <= 100
-        assert f"({path.name})" in (HERE / "recipes/README.md").read_text()
-
-
-# ---- advantages ----
 
 
 def batch_with_holes(module, B=12, A=7):
@@ -131,9 +127,6 @@ def test_the_advantages_of_a_recipe_are_those_of_a_loop_over_tokens(name, recipe
     torch.testing.assert_close(batch.advantages, expected, rtol=1e-4, atol=1e-4)
 
 
-# ---- losses ----
-
-
 def losses_of_answer(name, log_ratio, advantages, logprobs):
     """What a recipe's loss is a mean of."""
     ratio = log_ratio.exp()
@@ -168,9 +161,6 @@ def test_the_loss_of_a_recipe_is_that_of_a_loop_over_tokens(name, recipe):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     gradients = [torch.autograd.grad(x, logprobs)[0] for x in (loss, expected)]
     torch.testing.assert_close(*gradients)
-
-
-# ---- runs ----
 
 
 def test_a_tools_words_are_holes_and_the_policy_goes_on_behind_them(recipe, tok, tmp_path):
@@ -226,16 +216,14 @@ def test_a_recipe_trains_and_changes_what_is_learned(name, recipe, chain, toy_fi
     # in fp32, without a ratio of 1.2 so early; and no answer to toy has a call
     same = ("sampler-logprobs", "truncated-is", "clip-higher", "tool-use")
     what = "critic_loss" if name in ("sao", "adaptive-kl") else "eval_kl"
-    assert (metrics[2][what] == pytest.approx(plain[2][what], rel=1e-6)) == (name in same)
+    assert metrics[2][what] != plain[2][what] or name in same
+    assert metrics[2][what] == pytest.approx(plain[2][what], rel=1e-4) or name not in same
     if name == "sao":  # in its warm-up the actor is plain PPO's
         assert metrics[1]["entropy"] == pytest.approx(plain[1]["entropy"])
     if name == "dynamic-sampling":
         assert metrics[1]["unjudged"] == flags["batch_size"]
     if name == "adaptive-kl":
         assert metrics[1]["kl_coef"] == 0.05 > metrics[2]["kl_coef"]
-
-
-# ---- user files ----
 
 
 def judge(function, answers, *fields):

@@ -1,0 +1,4446 @@
+"""The specification of flatRLHF: `make test` runs it, `make test-long` with LONG=1 the rest of it.
+Sections are in the README's order; each test is one sentence.
+
+Dimension key:  B batch, P prompt, A answer, T = P + A, V vocabulary.
+"""
+import contextlib
+import copy
+import dataclasses
+import gzip
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import types
+import weakref
+from collections import defaultdict
+from multiprocessing import connection
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the hub
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+
+import chat
+import data
+import hybrid_engine
+import kernels
+import ppo
+import reward
+import sft
+import utils
+from hybrid_engine import HFEngine, HybridEngine, make_engine
+from kernels import AttentionSpec
+
+torch.set_num_threads(1)
+
+HERE = Path(__file__).parent
+LONG = bool(os.environ.get("LONG"))
+long = pytest.mark.skipif(not LONG, reason="only in make test-long")
+
+
+def some(few, all_of_them):
+    """Parameters of a test that takes long: few for `make test`, all for `make test-long`."""
+    return all_of_them if LONG else few
+
+
+# -----------------------------------------------------------------------------
+# tiny models of every family
+
+KINDS = ("llama", "llama3 rope", "yarn", "mistral", "qwen2", "qwen3", "opt", "opt-350m", "gpt2",
+         "gpt_neox", "gpt_neox sequential", "bloom")
+
+
+def tiny_config(kind, **more):
+    """The config of a small model of each kind, with a vocabulary of 97."""
+    import transformers
+
+    size = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+                max_position_embeddings=512)
+    llama = dict(size, intermediate_size=100, num_key_value_heads=2)
+    opt = dict(size, ffn_dim=100, word_embed_proj_dim=64)
+    neox = dict(size, intermediate_size=100, rotary_pct=0.25)
+    yarn = dict(rope_type="yarn", rope_theta=1e4, factor=8.0, original_max_position_embeddings=64)
+    llama3 = dict(yarn, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
+    window = dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    name, entries = {
+        "llama": ("Llama", llama),
+        "llama3 rope": ("Llama", dict(llama, rope_parameters=llama3)),
+        "yarn": ("Llama", dict(llama, rope_parameters=yarn)),
+        "mistral": ("Mistral", dict(llama, num_key_value_heads=1, sliding_window=20)),
+        "qwen2": ("Qwen2", dict(llama, **window)),
+        "qwen3": ("Qwen3", dict(llama, head_dim=32)),
+        "opt": ("OPT", opt),
+        "opt-350m": ("OPT", dict(opt, word_embed_proj_dim=32, do_layer_norm_before=False)),
+        "gpt2": ("GPT2", dict(vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=512)),
+        "gpt_neox": ("GPTNeoX", neox),
+        "gpt_neox sequential": ("GPTNeoX", dict(neox, rotary_pct=1.0, use_parallel_residual=False)),
+        # 6 heads: the slopes of ALiBi have a second series past a power of two.
+        "bloom": ("Bloom", dict(vocab_size=97, hidden_size=96, n_layer=3, n_head=6)),
+    }[kind]
+    config = getattr(transformers, name + "Config")(**entries)
+    config.update(dict(eos_token_id=5, bos_token_id=1, pad_token_id=0) | more)
+    return config
+
+
+def model_of(kind, seed=0, **more):
+    """A model of one of KINDS with random weights, larger than an initialisation, so that no wrong
+    layer can hide; "<kind> lora": with adapters that are not zero. more: changes to its config."""
+    from transformers import AutoModelForCausalLM
+
+    name, _, lora = kind.partition(" lora")
+    torch.manual_seed(seed)
+    lm = AutoModelForCausalLM.from_config(tiny_config(name, **more)).eval()
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.add_(torch.randn_like(p) * (0.1 if p.dim() > 1 else 0.05))
+    if kind.endswith(" lora"):
+        utils.add_lora(lm, 4)
+        for name, p in lm.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(std=0.1)
+    return lm
+
+
+# -----------------------------------------------------------------------------
+# prompts, answers, log-probabilities
+
+
+def ragged(lengths, vocab=97, seed=0):
+    """Random prompts of these lengths, as lists of token ids."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(6, vocab, (n,), generator=g).tolist() for n in lengths]
+
+
+def rows_of(out):
+    """The rows of a Rollout without their padding, as lists of token ids."""
+    lengths = (out.prompt_lens + out.answer_lens).tolist()
+    return [row[:n].tolist() for row, n in zip(out.tokens, lengths)]
+
+
+def plain_logprobs(lm, tokens, prompt_len, temperature=1.0):
+    """Log-probability of each answer token of one row, by the textbook: a forward of this row."""
+    with torch.no_grad():
+        logits = lm(torch.tensor([tokens])).logits[0, prompt_len - 1 : -1].double() / temperature
+    answer = torch.tensor(tokens[prompt_len:])
+    return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
+
+
+# -----------------------------------------------------------------------------
+# files, engines, runs of scripts
+
+
+def write_rows(path, rows):
+    """A file of JSON lines; returns its path as a string."""
+    Path(path).write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def engine_of(lm=None, lr=1e-3, eps=1e-8, micro_batches=1, **flags):
+    """A DeepSpeed engine that trains a small policy, in this process."""
+    utils.init_distributed(0)
+    cfg = sft.Config(**{"dtype": "fp32", **flags})
+    lm = lm or model_of("llama")
+    for p in lm.parameters():  # not lm.to(), which also rounds buffers
+        p.data = p.data.to(utils.dtype_of(cfg.dtype))
+    return utils.train_engine(sft.Policy(lm), lr, 2, micro_batches, cfg, eps)
+
+
+def load_lm(path, dtype=torch.float32, **entries):
+    from transformers import AutoModelForCausalLM
+
+    return utils.load_model(AutoModelForCausalLM, str(path), dtype, **entries)
+
+
+def train(script, out, **flags):
+    """Runs a script's main in this process; returns its metrics, one dict per step."""
+    script.main(script.Config(out=str(out), **flags))
+    return read_lines(Path(out) / "metrics.jsonl")
+
+
+def as_a_user():
+    """The environment without what a launcher of ranks has put there."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in launcher}
+
+
+def command(*args, stdin=None, cwd=HERE):
+    """Runs Python as a user would; returns (exit code, what it printed)."""
+    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True,
+                          cwd=cwd, env=as_a_user(), input=stdin)
+    return done.returncode, done.stdout + done.stderr
+
+
+# -----------------------------------------------------------------------------
+# two ranks
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def serve_calls(rank, port, pipe):
+    """What a rank process does: function after function, until it is killed."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    while True:
+        function, args, kwargs = pipe.recv()
+        try:
+            pipe.send((None, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
+
+
+class Ranks:
+    """Two gloo ranks that are kept for the whole session, because a start of two processes costs
+    six seconds. two(function, ...) returns [result of rank 0, result of rank 1]; the function is
+    one of the top level, and puts back what it patches. After a failure or a timeout both are
+    started anew."""
+
+    def __init__(self):
+        self.ranks = {}  # pipe: process
+
+    def start(self):
+        spawn = mp.get_context("spawn")
+        port = free_port()
+        for rank in range(2):
+            pipe, end = spawn.Pipe()
+            process = spawn.Process(target=serve_calls, args=(rank, port, end), daemon=True)
+            process.start()
+            end.close()  # so that the pipe ends with the process
+            self.ranks[pipe] = process
+
+    def stop(self):
+        for process in self.ranks.values():
+            process.kill()
+        self.ranks = {}
+
+    def __call__(self, function, *args, timeout=200, **kwargs):
+        if not self.ranks:
+            self.start()
+        for pipe in self.ranks:
+            pipe.send((function, args, kwargs))
+        results = {}
+        while len(results) < 2:
+            error = "hangs"
+            for pipe in connection.wait(set(self.ranks) - set(results), timeout):
+                try:
+                    error, results[pipe] = pipe.recv()
+                except EOFError:
+                    error = "a rank has died"
+                if error:
+                    break
+            if error:
+                self.stop()
+                pytest.fail(f"{function.__name__}: {error}")
+        return [results[pipe] for pipe in self.ranks]
+
+
+@pytest.fixture(scope="session")
+def two():
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()
+
+
+# -----------------------------------------------------------------------------
+# what is made once
+
+
+@pytest.fixture(scope="session")
+def tok():
+    return utils.load_tokenizer("tiny")
+
+
+@pytest.fixture(scope="session")
+def toy_file(tmp_path_factory):
+    """240 rows of toy in a file: little enough to train on in a second."""
+    rows = itertools.islice(data.toy(), 240)
+    return write_rows(tmp_path_factory.mktemp("toy") / "toy.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A model folder smaller than tiny: 2 layers of 64, with the built-in tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("small")
+    config = utils.tiny_config()
+    config.update(dict(hidden_size=64, intermediate_size=100, num_hidden_layers=2,
+                       num_attention_heads=4, num_key_value_heads=2, head_dim=16))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    utils.load_tokenizer("tiny").save_pretrained(folder)
+    return str(folder)
+
+
+COMMON = dict(held_out=0.2, batch_size=8, max_len=64)
+
+
+@pytest.fixture(scope="session")
+def chain(small, toy_file, tmp_path_factory):
+    """The three steps, run in this process on 240 rows: {step: (folder, metrics)}."""
+    out = tmp_path_factory.mktemp("chain")
+    common = dict(COMMON, data=toy_file)
+    runs = {}
+    runs["sft"] = train(sft, out / "sft", model=small, epochs=0.5, lr=1e-3, **common)
+    common["model"] = str(out / "sft")
+    runs["reward"] = train(reward, out / "reward", epochs=0.5, lr=2.5e-4, **common)
+    runs["ppo"] = train(ppo, out / "ppo", reward=str(out / "reward"), iterations=3, minibatches=2,
+                        ppo_epochs=2, max_new_tokens=8, actor_lr=3e-4, critic_lr=1e-3, **common)
+    return {step: (str(out / step), metrics) for step, metrics in runs.items()}
+
+
+# -----------------------------------------------------------------------------
+# 1. data: rows, text, ids
+
+CHATML = ("<|im_start|>", "<|im_end|>")
+THINK_JINJA = """{%- if tools %}{{ 'Tools: ' + tools | tojson }}{% endif %}{% for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' }}{% set parts = m.content.split('</think>') %}
+{%- if m.role == 'assistant' and loop.last %}{{ '<think>\\n' + (m.reasoning_content
+  or (parts[0].split('<think>')[-1] if parts[1:] else '')).strip() + '\\n</think>\\n\\n'
+  + (parts[-1].lstrip('\\n') if parts[1:] else m.content) }}{% else %}{{ parts[-1] }}{% endif %}
+{%- for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments | tojson }}{% endfor %}
+{{- '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + OPEN }}{% endif %}"""
+LLAMA3_JINJA = """{{- bos_token }}{% for m in messages %}{% if m.role == 'critic' %}
+{{- raise_exception('no critics') }}{% endif %}
+{{- '<|start|>' + m.role + '<|end|>\\n\\n' + m.content | trim + '<|eot|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n\\n' }}{% endif %}"""
+R1_JINJA = """{{- bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|A|>'
+  + m.content.split('</think>')[-1] + eos_token }}{% else %}{{ '<|U|>' + m.content }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|A|><think>\\n' }}{% endif %}"""
+PHI_JINJA = """{%- for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}
+{%- endfor %}{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"""
+TALE = """Once upon a time there was a little girl named Lily. She liked to play in the park with
+her mom. One day a big dog came and said: hello, little girl! They were friends, é 😀.
+def f(x):
+    if x:
+        return 0
+Human: who are you?
+Assistant: a plum"""
+
+
+def train_tokenizer(template, special=(), kind="words", bos=None):
+    """A BPE of a few hundred tokens. kind: words, as Llama 3's; space, the same with a space before
+    a text, as RoBERTa's; prefix, SentencePiece, which writes one too, as Llama 2's; free, where a
+    token may hold a line's end or ": a"."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors, trainers
+    from tokenizers import pre_tokenizers as pre
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    alphabet = pre.ByteLevel.alphabet()
+    if kind == "prefix":
+        backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+        prepend = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        backend.normalizer = normalizers.Sequence(prepend)
+        backend.pre_tokenizer = pre.Split("\u2581", "merged_with_next")
+        spaces = [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        backend.decoder = decoders.Sequence(spaces)
+        alphabet = [chr(i) for i in range(33, 127)] + list("\n\t\u2581é😀")
+    else:
+        level = pre.ByteLevel(add_prefix_space=kind == "space", use_regex=False)
+        words = Regex(r"\s*[\r\n]+| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s")
+        split = [] if kind == "free" else [pre.Split(words, "isolated")]
+        backend.pre_tokenizer = pre.Sequence([level] if kind == "space" else split + [level])
+        backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=alphabet,
+                                  special_tokens=["<unk>"])
+    texts = TALE.split("\n") + ["\nAssistant: a", "\n\n\n\n", "a little girl"] * 50
+    backend.train_from_iterator(texts, trainer)
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token=bos)
+    tok.add_special_tokens({"additional_special_tokens": list(special)})
+    tok.add_tokens(["<think>", "</think>"])
+    if bos:
+        special_tokens = [(bos, tok.bos_token_id)]
+        tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=special_tokens)
+    tok.chat_template = template or utils.chat_template(utils.TEMPLATE, tok)
+    return tok
+
+
+@pytest.fixture(scope="session")
+def toks():
+    """Nine pairs of a tokenizer and a chat template."""
+    return {
+        "bytes": utils.load_tokenizer("tiny"),
+        "prefix": train_tokenizer(None, kind="prefix", bos="<s>"),
+        "space": train_tokenizer(None, kind="space"),
+        "free": train_tokenizer(None, kind="free"),
+        "think": train_tokenizer(THINK_JINJA.replace("OPEN", "''"), CHATML),
+        "open": train_tokenizer(THINK_JINJA.replace("OPEN", "'<think>\\n'"), CHATML),
+        "llama3": train_tokenizer(LLAMA3_JINJA, ("<|start|>", "<|end|>", "<|eot|>"), bos="<bos>"),
+        "r1": train_tokenizer(R1_JINJA, ("<|A|>", "<|U|>"), bos="<bos>"),
+        "phi": train_tokenizer(PHI_JINJA, ("<|user|>", "<|assistant|>", "<|end|>")),
+    }
+
+
+TOKENIZERS = ("bytes", "prefix", "space", "free", "think", "open", "llama3", "r1", "phi")
+UNTHINKING = [name for name in TOKENIZERS if name != "r1"]  # r1 refuses an answer without a thought
+
+
+def U(text):
+    return {"role": "user", "content": text}
+
+
+def A(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def ends_of(tok, config=None, generation_config=None):
+    lm = types.SimpleNamespace(config=types.SimpleNamespace(eos_token_id=config),
+                               generation_config=types.SimpleNamespace(
+                                   eos_token_id=generation_config))
+    return utils.end_ids(tok, lm)
+
+
+def encode_rows(tok, *rows):
+    """What data.encode gives of rows as they are in a file, but with all their answers."""
+    ends = ends_of(tok)
+    out = []
+    for row in rows:
+        example = data.as_example(row)
+        steps = ["sft"] if example.said else ["ppo"]
+        steps += ["reward"] if len(set(example.ranks)) > 1 else []
+        results = [data.encode([example], step, tok, ends)[0] for step in steps]
+        errors = [result for result in results if isinstance(result, Exception)]
+        if not errors:
+            prompt, _, merged = results[0]
+            errors = [(prompt, [ids for _, answers, _ in results for ids in answers], merged)]
+        out.append(errors[0])
+    return out
+
+
+def load_rows(path, tok, step="sft", split="", held_out=0.2, max_len=512):
+    if not dist.is_initialized():
+        utils.init_distributed(0)
+    return data.load(str(path), step, split, held_out, tok, ends_of(tok), max_len)
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
+PARSED = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "d"}}
+SYSTEM = {"role": "system", "content": "Be brief."}
+RESULT = {"role": "tool", "content": "sun"}
+WEATHER = [U("weather?")]
+WHOLE = {  # name: (messages, the answer, the row if it is not these)
+    "plain": ([U("hi there")], A("a plum"), {"prompt": "hi there", "response": "a plum"}),
+    "turns": ([SYSTEM, U("a"), A("b"), U("c")], A("d é 😀"), None),
+    "code": ([U("def f(x):\n")], A("    if x:\n\treturn 0\n"), None),
+    "lines": ([U("list")], A("\n- a\r\n- b"), None),
+    "empty": ([U("say nothing")], A(""), None),
+    "space": ([U("Name a fruit:")], A(" a plum"), None),
+    "begun": ([U("1 + 1?"), A("The sum")], A(" is 2."), None),
+    "inside": ([U("who?"), A("a lit")], A("tle girl"), None),
+    "thought": ([U("1 + 1?")], A("<think>\nadd\n</think>\n\n2"), None),
+    "field": ([U("1 + 1?")], A("2", reasoning_content="add"), None),
+    "no thought": ([U("1 + 1?")], A("2"), {"messages": [
+        U("1 + 1?"), A("2", reasoning_content="", tool_calls=[], thinking=None)]}),
+    "call": (WEATHER, A("", tool_calls=[PARSED]), {"messages": WEATHER + [
+        A(None, tool_calls=[CALL])]}),
+    "old call": (WEATHER, A("", tool_calls=[PARSED]), {"messages": WEATHER + [
+        A("", function_call=CALL["function"])]}),
+    "tools": (WEATHER, A("a"), {"prompt": "weather?", "response": "a",
+                                "tools": json.dumps([TOOL])}),
+    "result": ([U("q"), A("l"), RESULT], A("It is sun."), None),
+}
+
+
+def row_of(name):
+    messages, answer, row = WHOLE[name]
+    if messages[-1]["role"] == "assistant":
+        return {"prompt": messages, "response": answer["content"]}
+    return row or {"messages": messages + [answer]}
+
+
+THINKING = ("field", "call", "old call", "tools")  # only a template that thinks can write them
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("row", WHOLE)
+def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(name, row, toks):
+    tok, (messages, answer, _) = toks[name], WHOLE[row]
+    ends = ends_of(tok)
+    result, = encode_rows(tok, row_of(row))
+    refused = name not in ("think", "open") and row in THINKING
+    refused |= name == "r1" and row not in ("thought", "begun", "inside")
+    assert isinstance(result, Exception) == refused, f"{result}: told, and never an empty answer"
+    if refused:
+        return
+    prompt, (answer_ids,), merged = result
+    tools = [TOOL] if row == "tools" else None
+    start = {"add_generation_prompt": True}
+    before, last = messages, answer
+    if messages[-1]["role"] == "assistant":
+        start = {"continue_final_message": True}
+        before = messages[:-1]
+        last = A(messages[-1]["content"] + answer["content"])
+    text = tok.apply_chat_template(messages, tools=tools, tokenize=False, **start)
+    whole = tok.apply_chat_template(before + [last], tools=tools, tokenize=False)
+    if (name, row) == ("r1", "thought"):  # the template drops it, though its prompt opens one
+        whole = text + "add\n</think>\n\n2" + tok.eos_token
+    assert prompt == tok(text, add_special_tokens=False)["input_ids"], "not what it is asked with"
+    ids = tok(whole, add_special_tokens=False)["input_ids"]
+    while ids[-1] not in ends and name in ("think", "open", "phi"):
+        ids.pop()  # the line's end behind the last message
+    if name == "phi":
+        ids = ids[:-2]  # <|end|> \n <eos>: the policy stops at the first
+    ids += [ends[0]] * (ids[-1] not in ends)
+    assert answer_ids[-1] in ends and set(ends).isdisjoint(answer_ids[:-1])
+    assert prompt.count(tok.bos_token_id) == (tok.bos_token_id is not None)
+    assert tok.decode(prompt + answer_ids) == tok.decode(ids), "a space too many, or a word lost"
+    assert merged == (ids[: len(prompt)] != prompt)
+    if not merged:
+        assert prompt + answer_ids == ids
+    else:
+        assert name in ("free", "open", "phi") or row == "inside", "few rows merge"
+        kept = len(os.path.commonprefix([ids[::-1], answer_ids[::-1]]))
+        assert kept >= min(len(ids) - len(prompt), len(ids)) - 2, "behind the seam, the whole's ids"
+
+
+def test_a_token_that_lies_over_the_seam_is_encoded_again_as_a_continuation(toks):
+    tok = toks["prefix"]
+    (prompt, (answer,), merged), = encode_rows(tok, row_of("inside"))
+    words = tok.convert_ids_to_tokens(prompt[-3:] + answer)
+    assert merged and words == ["\u2581a", "\u2581l", "it", "tle", "\u2581girl", "<eos>"]
+    assert tok.convert_ids_to_tokens(tok("a little")["input_ids"])[-1] == "\u2581little"
+
+
+@pytest.mark.parametrize("name", UNTHINKING)
+def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
+    hh = "Be kind.\n\nHuman: a b c d e f g\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    kind, asked = {"system": "Be kind."}, hh.removesuffix("\n\nAssistant:")
+    talk = [{"role": "system", "content": "Be kind."}, U("a b c d e f g"), A("b"), U("c")]
+    yes, no = [A("yes")], [A("no")]
+    rest = {"chosen": "yes", "rejected": "no"}
+    texts = {"chosen": hh + " yes", "rejected": hh + " no"}
+    whole = {"chosen": talk + yes, "rejected": talk + no}
+    old = {"user": "human", "assistant": "gpt"}
+    sharegpt = [{"from": old.get(m["role"], "system"), "value": m["content"]} for m in talk + yes]
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in talk]
+    titled = [{**m, "role": m["role"].title(), "tool_calls": None} for m in talk]
+    rows = [
+        {"prompt": talk, **rest}, {"messages": talk, **rest}, {"messages": titled, **rest},
+        {"messages": json.dumps(talk), **rest}, {"prompt": hh, **rest},
+        {"prompt": hh.replace("\n", "\r\n"), **rest}, {"prompt": asked, **texts},
+        {"prompt": hh, "chosen": " yes", "rejected": " no"}, {"prompt": hh, **texts}, texts,
+        {"prompt": "c", **texts}, whole, {"prompt": "c", **whole}, {"prompt": talk, **whole},
+        {"prompt": talk, "chosen": talk[3:] + yes, "rejected": talk[3:] + no},
+        {"prompt": talk[:2], "chosen": talk[2:] + yes, "rejected": talk[2:] + no},
+        {"prompt": talk, "chosen": yes, "rejected": no[0]},
+        {"prompt": "c", "chosen": yes, "rejected": talk + no},
+        {**kind, "prompt": talk[1:], "answers": ["no", "yes"], "scores": [0, 2.5]},
+        {**kind, "prompt": talk, "answers": ("no", "yes"), "ranks": ["10", "9"]},
+        {"system_prompt": "Be kind.", "history": [["a b c d e f g", "b"]], "question": "c", **rest},
+        {**kind, "history": talk[1:3], "instruction": "c", "input": "", "tools": "", **rest},
+        {"history": json.dumps(talk[:3]), "prompt": talk, **rest},
+        {"conversations": sharegpt, **rest}, {**kind, "conversations": sharegpt[1:], **rest},
+        {"messages": parts, "completion": yes, **rest},
+    ]
+    results = encode_rows(toks[name], *rows)
+    for row, result in zip(rows, results):
+        assert result == results[0] and len(result[1]) == 3, row
+    assert len({data.as_example(row).hash for row in rows}) == 1, "hashes are of a row's words"
+
+
+@pytest.mark.parametrize("row", [
+    {"system": "w1", "history": [["w2", "w3"]], "instruction": "w4", "input": "w5", "output": "w6"},
+    {"system_prompt": "w1", "question": "w2", "context": "w3", "response": "w4", "id": "w5"},
+    {"system": "w1", "prompt": "w2", "completion": "w3", "context": "w4", "question": "w5"},
+    {"system": "w1", "conversations": [U("w2"), A("w3")], "text": "w4"},
+    {"messages": [U("w2"), A("w3")], "response": "w4", "prompt": "w5",
+     "system": "w1", "system_prompt": "w6"},
+    {"question": "w1", "answer": "w2", "solution": "w3"},
+    {"text": "w1", "title": "w2"},
+    {"chosen": "w1\n\nHuman: w2\n\nAssistant: w3", "rejected": "w1\n\nHuman: w2\n\nAssistant: w4"},
+    {"prompt": "w1", "answers": ["w2", "w3"], "ranks": [2, 1], "output": "w4", "scores": ["w5"]},
+    {"prompt": "w1", "response": "Say:\n\nHuman: w2\n\nAssistant: w3", "rejected": "w4"},
+    {"prompt": "w1:\n\nHuman: w2\n\nAssistant: w3", "response": "Assistant: w4"},
+    {"prompt": [U("w1"), U("w2")], "chosen": [U("w3"), A("w4")],
+     "rejected": "w5", "history": [["w6", "w7"]]},
+    {"messages": [U([{"type": "text", "text": "w1 "}, {"type": "text", "text": "w7"}]),
+                  A("w3", reasoning_content="w4", tool_calls=[
+                      {"function": {"name": "w2", "arguments": {"x": "w5"}}}])],
+     "tools": [json.dumps({"function": {"name": "w6"}})]},
+])
+def test_every_word_of_a_row_is_taught_or_its_field_is_named(row, toks):
+    tok, example = toks["think"], data.as_example(row)
+    (prompt, answers, _), = encode_rows(tok, row)
+    seen = tok.decode(sum(answers, prompt)) + json.dumps(example.fields)
+    words = [word for word in (f"w{i}" for i in range(9)) if word in json.dumps(row)]
+    assert [word for word in words if word not in seen] == []
+
+
+DIALOGUE = "\n\nHuman: 2 and 2?\n\nAssistant: It is"
+QUOTE = "What next?\n\nHuman: hi\n\nAssistant: ho"
+
+
+@pytest.mark.parametrize("template, row, prompt, answer", [
+    ("{prompt}", row_of("code"), "def f(x):\n", "    if x:\n\treturn 0\n"),
+    ("{prompt}", row_of("space"), "Name a fruit:", " a plum"),
+    ("{prompt}", {"prompt": "", "response": "x"}, "<eos>", "x"),
+    ("{prompt}", {"prompt": "q\n", "response": "x<eos>"}, "q\n", "x"),
+    ("", {"prompt": "q", "response": "x<eos>"}, "Human: q\nAssistant:", " x"),
+    ("", {"text": "x<eos>"}, "<eos>", "x"),
+    ("", {"text": "<eos>x <eos> y"}, "<eos>", "x <eos> y"),
+    ("{prompt}", {"messages": [U("x =\n"), A("  1\n")]}, "x =\n", "  1\n"),
+    ("", {"prompt": "q", "response": ""}, "Human: q\nAssistant:", ""),
+    ("", {"prompt": "q", "response": " "}, "Human: q\nAssistant:", " "),
+    ("", {"instruction": "a", "input": "b", "output": "c"}, "Human: a\nb\nAssistant:", " c"),
+    ("Q: {prompt}\\nA:\\n", row_of("plain"), "Q: hi there\nA:\n", "a plum"),
+    ("{{x}} 'é' {prompt}\\n\"😀\":", row_of("plain"), "{{x}} 'é' hi there\n\"😀\":", " a plum"),
+    ("", row_of("result"), "Human: q\nAssistant: l\nHuman: sun\nAssistant:", " It is sun."),
+    ("", {"prompt": [U("q"), {"role": "system", "content": "s"}], "response": "a"},
+     "Human: q\ns\nAssistant:", " a"),
+    ("", {"prompt": DIALOGUE, "response": " 4."}, "Human: 2 and 2?\nAssistant: It is", " 4."),
+    ("", {"prompt": DIALOGUE, "chosen": DIALOGUE + " 4.", "rejected": DIALOGUE + " 5."},
+     "Human: 2 and 2?\nAssistant: It is", " 4."),
+    ("", {"prompt": [U("q"), A("It")], "response": [A("It is")]},
+     "Human: q\nAssistant: It", " is"),
+    ("", {"prompt": "Name one fruit.\n", "chosen": "Name one fruit. Plum.",
+          "rejected": "Name one fruit. No."}, "Human: Name one fruit.\n\nAssistant:", " Plum."),
+    ("", {"prompt": [U("Name one fruit.")], "chosen": "Name one fruit.\nPlum.",
+          "rejected": "Name one fruit. No."}, "Human: Name one fruit.\nAssistant:", "\nPlum."),
+    ("", {"prompt": "hi", "chosen": "hi you", "rejected": "hi"}, "Human: hi\nAssistant:",
+     " hi you"),
+    ("", {"prompt": QUOTE, "response": "a"}, f"Human: {QUOTE}\nAssistant:", " a"),
+    ("", {"prompt": "Write.", "response": "Human: x\n\nAssistant: y"},
+     "Human: Write.\nAssistant:", " Human: x\n\nAssistant: y"),
+])
+def test_literal_texts_of_prompt_and_answer(template, row, prompt, answer):
+    tok = utils.load_tokenizer("tiny", template)
+    (ids, answers, _), = encode_rows(tok, row)
+    assert (tok.decode(ids), tok.decode(answers[0])) == (prompt, answer + "<eos>")
+
+
+def test_our_template_writes_bos_once_where_the_tokenizer_does(toks):
+    tok = toks["prefix"]
+    for template, text in (("Q: {prompt}\\nA:\\n", "Q: hi 0\nA:\nyo 0"),
+                           (utils.TEMPLATE, "Human: hi 0\nAssistant: yo 0")):
+        tok.chat_template = utils.chat_template(template, tok)
+        (prompt, (answer,), _), = encode_rows(tok, {"prompt": "hi 0", "response": "yo 0"})
+        assert prompt + answer == tok(text)["input_ids"] + [tok.eos_token_id]
+    tok.chat_template = utils.chat_template("{prompt}", tok)
+    for text in ("hi 0", "<s>hi 0"):
+        (again, _, _), = encode_rows(tok, {"prompt": text, "response": "yo"})
+        assert again == tok("hi 0")["input_ids"], "rows rendered beforehand bring theirs"
+    tok.chat_template = utils.chat_template(utils.TEMPLATE, tok)
+    (start, (text,), _), = encode_rows(tok, {"text": "a little girl"})
+    assert start + text == tok("a little girl")["input_ids"] + [tok.eos_token_id]
+    opt = train_tokenizer(None, bos="<eos>")  # one id for both
+    (prompt, (answer,), _), = encode_rows(opt, {"prompt": "hi", "response": "a"})
+    assert prompt + answer == opt("Human: hi\nAssistant: a")["input_ids"] + [opt.eos_token_id]
+
+
+# ---- the end ----
+
+
+def test_the_ids_that_end_an_answer(toks):
+    tok, phi = toks["llama3"], toks["phi"]
+    eot, eos = tok.convert_tokens_to_ids(["<|eot|>", "<eos>"])
+    start = tok.convert_tokens_to_ids("<|start|>")
+    assert ends_of(tok) == [eot, eos], "the first is what the template writes, and is taught"
+    assert ends_of(tok, eos, [start, eot]) == [eot, eos, start], "and those that the model names"
+    assert ends_of(tok, 5, [3, eos]) == [eot, eos], "but for the ids of ordinary words"
+    assert ends_of(toks["bytes"], 5, None) == [256] == [toks["bytes"].eos_token_id]
+    assert ends_of(phi) == phi.convert_tokens_to_ids(["<|end|>", "<eos>"])
+    rows = [{"prompt": f"q <|eot|> {i}", "response": f"a {i}"} for i in range(3)]
+    for prompt, (answer,), _ in encode_rows(tok, *rows):  # control words in a prompt are no end
+        assert eot in prompt and answer[-1] == eot and answer.count(eot) == 1
+    marker = train_tokenizer(PHI_JINJA, ("<|user|>", "<|assistant|>"))
+    marker.add_tokens(["<|end|>", "  "])
+    assert marker.convert_ids_to_tokens(ends_of(marker)) == ["<|end|>", "<eos>"], "not special"
+
+
+def test_a_model_with_two_ends_stops_at_both(toks):
+    tok = toks["llama3"]
+    ends = ends_of(tok, None, [tok.eos_token_id, tok.convert_tokens_to_ids("<|eot|>")])
+    lm = model_of("llama", vocab_size=len(tok), num_hidden_layers=1, tie_word_embeddings=False)
+    with torch.no_grad():
+        lm.model.embed_tokens.weight[:, 0] = 3.0
+        lm.lm_head.weight.mul_(0.02)
+        lm.lm_head.weight[:, 0] = 0
+        lm.lm_head.weight[ends, 0] = 0.5  # both are likely at any place
+    engine = hybrid_engine.HybridEngine(sft.Policy(lm))
+    prompt = encode_rows(tok, {"prompt": "hello"})[0][0]
+    out = engine.generate([prompt] * 12, 40, 1.0, eos_token_id=ends, seed=0)
+    answers = [row[-n:] for row, n in zip(rows_of(out), out.answer_lens.tolist())]
+    assert {answer[-1] for answer in answers if len(answer) < 40} == set(ends), "at either"
+    assert all(set(answer[:-1]).isdisjoint(ends) for answer in answers), "and at the first"
+
+
+def test_a_model_taught_to_say_ok_stops_in_plain_transformers(tmp_path, small):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tok = utils.load_tokenizer("tiny")
+    tok.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tok.chat_template = PHI_JINJA.replace("eos_token", "''")
+    tok.save_pretrained(tmp_path / "model")
+    lm = AutoModelForCausalLM.from_pretrained(small)
+    lm.resize_token_embeddings(len(tok), mean_resizing=False)
+    lm.config.eos_token_id = lm.generation_config.eos_token_id = 5  # no end of this tokenizer
+    lm.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"q {i}", "response": "ok"} for i in range(40)]
+    train(sft, tmp_path / "out", model=str(tmp_path / "model"), held_out=0.2, batch_size=8, lr=1e-2,
+          data=write_rows(tmp_path / "ok.jsonl", rows), epochs=10)
+    lm, tok = (auto.from_pretrained(tmp_path / "out")
+               for auto in (AutoModelForCausalLM, AutoTokenizer))
+    asked = tok.apply_chat_template([U("q 3")], add_generation_prompt=True, return_tensors="pt",
+                                    return_dict=True)
+    new = lm.generate(**asked, max_new_tokens=30, do_sample=False)[0, asked["input_ids"].size(1) :]
+    ends = tok.convert_tokens_to_ids(["<|end|>", "<eos>"])
+    assert tok.decode(new) == "ok<|end|>"
+    assert lm.config.eos_token_id == lm.generation_config.eos_token_id == ends
+
+
+# ---- rows that cannot be used, rankings ----
+
+
+def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
+    tok = toks["llama3"]
+    results = encode_rows(
+        tok, {"prompt": "q", "response": "a<|eot|>b"},
+        {"messages": [U("q"), {"role": "critic", "content": "c"}]},
+        {"messages": [U("w"), A("", tool_calls=[CALL]), U("s"),
+                      A("x")]},
+        {"prompt": "w", "response": "x", "tools": [TOOL]},
+        {"messages": [U("q"), A("x", reasoning_content="\ud800")]},
+        {"prompt": "q", "response": "x\ud800"},
+        {"prompt": "q", "response": "a"})
+    reasons = ("in the middle", "no critics", "not write 'tool_calls'", "not write 'tools'",
+               "not write 'reasoning_content'", "surrogates")
+    for result, reason in zip(results, reasons):
+        assert isinstance(result, Exception) and reason in str(result)
+    assert not isinstance(results[-1], Exception)
+    tok = utils.load_tokenizer("tiny")
+    tok.chat_template = ("{% for m in messages if m.role not in ('system', 'tool') %}"
+                         "{{ m.content.split('</think>')[-1] }}{% endfor %}")
+    for row in ("turns", "thought", "result"):
+        (result,) = encode_rows(tok, row_of(row))
+        assert "does not write" in str(result), "it loses the system's words, a thought, a result"
+    (result,) = encode_rows(toks["think"], {"prompt": "a </think> b", "response": "x"})
+    assert "does not write 'a </think> b'" in str(result), "nor half of a user's words"
+    (result,) = encode_rows(toks["bytes"], {"messages": [{"role": "critic", "content": "c"}]})
+    assert "no role" in str(result), "our template takes nobody for a user"
+
+
+CALL_OF_NOTHING = {"function": {"name": "f", "arguments": "no JSON"}}
+DIALOGUES = {"chosen": "\n\nHuman: a\n\nAssistant: c", "rejected": "\n\nHuman: b\n\nAssistant: r"}
+BAD_ROWS = [
+    {"foo": "x"}, {"prompt": None}, {"text": None}, {"prompt": ["a"]}, {"messages": []}, [1, 2],
+    {"prompt": "q", "response": True}, {"prompt": "q", "response": 3}, {"messages": 3}, DIALOGUES,
+    {"messages": [U("q"), A(None)]}, {"messages": [{"role": "user"}, A("x")]},
+    {"messages": [{"content": "a"}]}, {"prompt": "\ud800", "response": "x"},
+    {"chosen": [U("q"), A("x")], "rejected": [U("p"), A("y")]},
+    {"chosen": "Plum", "rejected": "No"},
+    {"prompt": "p", "chosen": [U("p")], "rejected": [U("p")]},
+    {"prompt": [U([{"type": "image", "text": "", "url": "x"}])], "response": "x"},
+    {"prompt": "q", "answers": ["x", "y"], "scores": [1, math.nan]},
+    {"prompt": "q", "answers": ["x", "y"], "scores": [1, None]},
+    {"prompt": "q", "answers": ["x", "y"], "scores": [1]},
+    {"prompt": "q", "answers": ["x", None], "ranks": [1, 2]},
+    {"prompt": "q", "response": "x", "history": "hi"},
+    {"prompt": "q", "response": "x", "history": ["hi", "there", "you"]},
+    {"messages": [U("q"), A("", tool_calls=[CALL_OF_NOTHING])]},
+]
+
+
+def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, tok, capsys):
+    for row in BAD_ROWS:
+        with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
+            data.as_example(row)
+    rows = [{"prompt": f"p {i}", "response": "x", "key": i} for i in range(100)]
+    rows[3:3] = BAD_ROWS
+    rows += [{"prompt": "p"}, {"prompt": "p", "response": "x" * 600}]
+    loaded = load_rows(write_rows(tmp_path / "a.jsonl", rows), tok)
+    assert sum(map(len, loaded)) == 100
+    said = capsys.readouterr().out
+    for note in ("25 unusable", "the first unusable is row 4: ValueError", "1 over 512 tokens",
+                 "['foo']", "1 without what this step reads", "reward functions alone: key"):
+        assert note in said, said
+    pairs = [{"prompt": f"p {i}", "chosen": "c", "rejected": "c" if i % 9 == 0 else "r"}
+             for i in range(90)]
+    loaded = load_rows(write_rows(tmp_path / "b.jsonl", pairs), tok, "reward")
+    assert sum(map(len, loaded)) == 80 and "10 with equal answers" in capsys.readouterr().out
+    with pytest.raises(utils.UserError, match="too few for this step"):
+        load_rows(tmp_path / "a.jsonl", tok, "reward")
+    with pytest.raises(utils.UserError, match="nowhere.jsonl: no such file"):
+        load_rows("nowhere.jsonl", tok)
+
+
+@pytest.mark.parametrize("row, response, ranked", [
+    ({"answers": ["b", "a", "c"], "ranks": [2, 1, 3]}, "a", [("a", 1), ("b", 2), ("c", 3)]),
+    ({"answers": ["b", "a"], "scores": [-0.5, 7]}, "a", [("a", 1), ("b", 2)]),
+    ({"answers": ["a", "b", "c", "d"], "ranks": [9, 2.5, 9, 2.5]}, "b",
+     [("b", 1), ("d", 1), ("a", 2), ("c", 2)]),
+    ({"answers": ["a", "b", "c"], "ranks": ["10", "9", "2"]}, "c", [("c", 1), ("b", 2), ("a", 3)]),
+    ({"answers": ["a", "b"], "scores": [-math.inf, 0]}, "b", [("b", 1), ("a", 2)]),
+    ({"answers": ["a", ""], "scores": [0, 1]}, "", [("", 1), ("a", 2)]),
+    ({"answers": ["a", "b"], "ranks": [1, 2], "response": "d"}, "d", [("a", 1), ("b", 2)]),
+    ({"answers": ["4", "four"]}, None, []),
+])
+def test_a_ranking_is_its_answers_best_first_and_ties_share_a_rank(row, response, ranked):
+    example = data.as_example({"prompt": "p", "key": 7, **row})
+    assert example.messages == [U("p")] and example.fields["key"] == 7
+    said = [answer["content"] for answer in example.said]
+    assert said[:1] == ([] if response is None else [response])
+    assert list(zip(said[-len(example.ranks) :], example.ranks)) == ranked
+
+
+# ---- sources ----
+
+SOURCE = """
+import os
+from words_of_mine import WORDS
+
+def pairs():
+    for i in range(60):
+        yield {"prompt": f"{WORDS[i % 3]} {i}", "chosen": "yes", "rejected": "no", "key": i}
+
+def by_rank():
+    return [{"prompt": str(i), "response": os.environ["RANK"]} for i in range(60)]
+"""
+
+
+@pytest.fixture
+def source_file(tmp_path):
+    (tmp_path / "words_of_mine.py").write_text("WORDS = ['one', 'two', 'three']\n")
+    (tmp_path / "mine.py").write_text(SOURCE)
+    yield str(tmp_path / "mine.py")
+    sys.modules.pop("words_of_mine", None)
+
+
+def all_ids(loaded):
+    return [[p.tolist() + a[0].tolist() for p, a in zip(rows.prompts, rows.answers)]
+            for rows in loaded]
+
+
+def test_every_kind_of_source_gives_the_same_rows(tmp_path, tok, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"word {i}", "response": f"x {i}, \u2028 ü \"\n007"} for i in range(40)]
+    rows[1]["response"] = "NA"  # which is text, whatever pandas thinks
+    as_lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    cells = [[row["prompt"], row["response"].replace('"', '""')] for row in rows]
+    as_csv = "\ufeffprompt,response\r\n" + "".join(f'{p},"{r}"\r\n' for p, r in cells)
+    files = {"a.jsonl": as_lines, "b.json": json.dumps(rows), "c.jsonl.gz": as_lines + "\n\n",
+             "d.json": as_lines, "e.csv": as_csv}
+    for name, text in files.items():
+        opener = gzip.open if name.endswith(".gz") else open
+        with opener(tmp_path / name, "wt", encoding="utf-8", newline="") as file:
+            file.write(text)
+    (tmp_path / "mine.py").write_text(f"def rows():\n    return {rows!r}\n")
+    sources = [*files, "mine.py:rows"]
+    if importlib.util.find_spec("datasets"):
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+        (tmp_path / "folder").mkdir()
+        shutil.copy(tmp_path / "a.jsonl", tmp_path / "folder" / "train.jsonl")
+        sources += ["p.parquet", "folder"]
+    expected = all_ids(load_rows(tmp_path / "a.jsonl", tok))
+    assert sum(map(len, expected)) == 40
+    for name in sources:
+        assert all_ids(load_rows(tmp_path / name, tok)) == expected, name
+    unified = {"messages": [{**U("q"), "tool_calls": None}, A(None, tool_calls=[
+        {"function": {"name": "f", "arguments": {"a": 1, "b": None}}}])]}
+    call = data.as_example(data.without_nulls(unified)).said[0]["tool_calls"][0]["function"]
+    assert call["arguments"] == {"a": 1}, "Arrow's fields of other rows are none of this call's"
+    paragraphs = [f"line {i}\nand another" for i in range(40)]
+    (tmp_path / "t.txt").write_bytes("\r\n \r\n".join(paragraphs).encode())
+    ids = sum(all_ids(load_rows(tmp_path / "t.txt", tok)), [])
+    texts = [f"<eos>{text}<eos>" for text in paragraphs]
+    assert sorted(map(tok.decode, ids)) == sorted(texts), "paragraphs, between two ends"
+    text = "\n".join(["prompt,response"] + [f"p {i},{'' if i % 2 else 'a'}" for i in range(40)])
+    (tmp_path / "n.csv").write_text(text)
+    assert sum(map(len, load_rows(tmp_path / "n.csv", tok))) == 20, "an empty cell is no answer"
+
+
+def test_a_name_on_the_hub_may_have_a_configuration_a_split_and_a_weight(tok, monkeypatch):
+    rows = [{"question": f"q {i}", "answer": f"{i}", "none": None} for i in range(50)]
+    known = {("openai/gsm8k", "main", "train"): rows, ("openai/gsm8k", "main", "test"): rows[:30],
+             ("someone/data-2.5-set", None, "train"): rows[:40]}
+
+    def load_dataset(name, config, split):
+        return known[name, config, split]
+
+    stub = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    for source, count in {"openai/gsm8k:main:train": 50, "openai/gsm8k:main": 50,
+                          "openai/gsm8k:main:test:0.5": 30, "someone/data-2.5-set": 40}.items():
+        train_rows, held_out = load_rows(source, tok)
+        assert len(train_rows) + len(held_out) == count, source
+        assert train_rows.columns([0]) == {"answer": [train_rows.fields[0]["answer"]]}
+    both = "openai/gsm8k:main:train:0.25,someone/data-2.5-set:0.75"
+    assert load_rows(both, tok)[0].weights == [0.25, 0.75]
+
+
+def test_a_function_is_a_source_and_is_found_beside_the_scripts(source_file, tok, monkeypatch):
+    loaded = load_rows(f"{source_file}:pairs", tok, "reward")
+    keys = [rows.columns(range(len(rows)))["key"] for rows in loaded]
+    assert sorted(keys[0] + keys[1]) == list(range(60))
+    monkeypatch.chdir(Path(source_file).parent)
+    assert len(list(data.load_function("mine.py:pairs")())) == 60
+    assert data.load_function("data.py:toy_correct")(["copy abc"], ["abc"]) == [1.0]
+    with pytest.raises(AttributeError, match="absent"):
+        data.load_function("mine.py:absent")
+
+
+def load_on_a_rank(path):
+    utils.init_distributed(0)
+    tok = utils.load_tokenizer("tiny")
+    rows, _ = load_rows(f"{path}:pairs", tok, "reward")
+    with pytest.raises(utils.UserError) as caught:
+        load_rows(f"{path}:by_rank", tok)
+    return rows.digest, str(caught.value)
+
+
+def test_ranks_must_read_the_same_rows_and_the_digest_says_which(two, source_file, tmp_path, tok):
+    (first, error), (second, _) = two(load_on_a_rank, source_file)
+    assert first == second and "ranks read different rows" in error
+    rows = [{"prompt": f"p {i}", "chosen": "c", "rejected": "r", "response": "c", "key": i}
+            for i in range(60)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    digest = load_rows(path, tok, "reward")[0].digest
+    assert digest == load_rows(path, tok, "reward")[0].digest
+    for change in ({"prompt": "x"}, {"chosen": "x"}, {"key": "x"}, {"system": "x"}):
+        changed = rows[:7] + [{**rows[7], **change}] + rows[8:]
+        write_rows(path, changed)
+        assert load_rows(path, tok, "reward")[0].digest != digest, change
+    write_rows(path, [{**row, "chosen": "r", "rejected": "c"} for row in rows])
+    assert load_rows(path, tok, "reward")[0].digest != digest, "the ranks"
+
+
+# ---- toy ----
+
+
+def test_toy_has_the_ids_and_the_split_of_the_second_edition(tok):
+    rows = list(itertools.islice(data.read("toy"), 500))
+    out = []
+    for row, (prompt, answers, merged) in zip(rows, encode_rows(tok, *rows)):
+        assert not merged
+        out.append([prompt, answers, data.as_example(row).hash])
+    assert rows[0] == {"prompt": "copy zov", "response": "zv", "chosen": "zov", "rejected": "ovz"}
+    assert out[0] == [[39, 84, 76, 64, 77, 25, 220, 66, 78, 79, 88, 220, 89, 78, 85, 198, 32, 82,
+                       82, 72, 82, 83, 64, 77, 83, 25],
+                      [[220, 89, 85, 256], [220, 89, 78, 85, 256], [220, 78, 85, 89, 256]],
+                      8909369674133723856]
+    assert any(row["response"] == "" for row in rows)
+    digest = hashlib.sha256(json.dumps(out).encode()).hexdigest()
+    assert digest == "674004d379248c43fc9b5b3332c98563c5f3f85c2dbc3384aaa3629299c086db"
+
+
+def test_toy_is_exactly_checkable_and_a_third_of_its_demonstrations_is_wrong():
+    rows = list(data.toy(500))
+    prompts = [f"Human: {row['prompt']}\nAssistant:" for row in rows]
+    right = data.toy_correct(prompts, [" " + row["response"] for row in rows])
+    assert 0.62 < np.mean(right) < 0.68
+    assert set(data.toy_correct(prompts, [row["chosen"] for row in rows])) == {1.0}
+    assert set(data.toy_correct(prompts, [row["rejected"] for row in rows])) == {0.0}
+    for prompt, completion, score in (
+            ("reverse abc", "cba", 1), ("sort cab", " abc\n", 1), ("first abc", "ab", 0),
+            ("Q: copy abc A:", "abcc", 0), ("[INST] last abc [/INST]", "c", 1),
+            ("Human: copy abc\nAssistant: abc\nHuman: upper abc\nAssistant:", "ABC", 1),
+            ("user\ncopy abc\nassistant\n", "abc", 1), ("copy this text", "this", None),
+            ("Human: what is your last name?\nAssistant:", "x", None), ("", "", None),
+            ("The first time I saw it", "x", None)):
+        assert data.toy_correct([prompt], [completion]) == [score], prompt
+
+
+# ---- split, epochs, batches ----
+
+
+def test_split_divides_rows_by_their_words_whatever_order_and_template(tmp_path, toks):
+    steps = ("sft", "reward", "ppo")
+    rows = [{"prompt": f"question {i}", "chosen": f"yes {k}", "rejected": "no", "key": i}
+            for k in range(2) for i in range(300)]
+    paths = [write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[::-1])]
+    parts = {}
+    for path, name in [*zip(paths, ("bytes", "bytes")), (paths[0], "think")]:
+        for step in steps:
+            loaded = load_rows(path, toks[name], step, "2,4,4")
+            parts.setdefault(step, []).append([{f["key"] for f in part.fields} for part in loaded])
+    for step in steps:
+        assert parts[step][0] == parts[step][1] == parts[step][2], "the words alone decide"
+    assert data.as_example({"prompt": " a\n"}).hash == data.as_example({"prompt": "a"}).hash
+    everything = [keys for step in steps for keys in parts[step][0]]
+    assert sum(map(len, everything)) == len(set.union(*everything)) == 300, "in one place each"
+    assert 35 < sum(map(len, parts["sft"][0])) < 85, "a fifth goes to step 1"
+    for split in ("2,4", "1,2,3,4", "0,1,1", "-1,4,4", "nan,1,1"):
+        with pytest.raises(utils.UserError, match="three shares"):
+            load_rows(paths[0], toks["bytes"], "sft", split)
+
+
+def test_weights_are_the_shares_of_an_epoch_and_steps_are_counted_in_it(tmp_path, tok, small):
+    files = []
+    for name, size in (("a", 500), ("b", 100)):
+        rows = [{"prompt": f"{name} {i}", "response": name} for i in range(size)]
+        files.append(write_rows(tmp_path / f"{name}.jsonl", rows))
+    rows, held_out = load_rows(f"{files[0]}:0.8,{files[1]}:0.2", tok)
+    order = data.epoch_order(rows, 0, 1)
+    source = np.array(rows.source)
+    assert abs((source[order] == 0).mean() - 0.8) < 0.01 and len(set(order)) == len(order)
+    later = data.epoch_order(rows, 1, 1)
+    assert set(order) != set(later) and len(order) == len(later), "others of the larger source"
+    assert 0.6 < np.mean(np.array(held_out.source)[:50] == 0) < 0.97, "evaluated: of both"
+    metrics = train(sft, tmp_path / "out", model=small, data=f"{files[0]}:3,{files[1]}:3",
+                    epochs=1, batch_size=20, held_out=0.2, lr=1e-3)
+    expected = 2 * np.sum(source == 1) // 20  # as many of a as of b
+    assert len(metrics) == expected and metrics[-1]["epoch"] == 0
+    for weights in (("0", "1"), ("nan", "1"), ("inf", "1"), ("-1", "1")):
+        with pytest.raises(utils.UserError, match="weight above 0"):
+            load_rows(",".join(f"{f}:{w}" for f, w in zip(files, weights)), tok)
+    with pytest.raises(utils.UserError, match="weight above 0, or none"):
+        load_rows(f"{files[0]}:1,{files[1]}", tok)
+
+
+def test_an_epoch_has_every_row_once_and_ranks_share_its_batches(toy_file, tok, monkeypatch):
+    rows, _ = load_rows(toy_file, tok)
+    lengths = rows.lengths()
+    first, second = (list(data.batches(rows, lengths, 8, epoch, seed=3)) for epoch in (0, 1))
+    in_epoch = np.concatenate(first)
+    assert len(set(in_epoch)) == len(in_epoch) == len(rows) // 8 * 8, "no row twice in an epoch"
+    assert not {frozenset(b) for b in first} & {frozenset(b) for b in second}, "other rows together"
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    for batch in first:
+        by_rank = []
+        for rank in range(4):
+            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+            by_rank.append(np.concatenate(utils.split_micro_batches(batch, lengths, 2)))
+        assert set(np.concatenate(by_rank)) == set(batch), "together the batch of one process"
+    resumed = data.steps(rows, lengths, 8, 3, start=len(first) + 2)
+    assert next(resumed)[1].tolist() == second[2].tolist(), "the position in the data is a number"
+    (_, a), (_, b) = (next(data.steps(rows, lengths, 64, 1, pool=pool)) for pool in (1, 4))
+    assert (np.diff(lengths[a]) < 0).any(), "a rollout is in random order"
+    assert (np.diff(lengths[b]) >= 0).all(), "the others are sorted in pools"
+    with pytest.raises(utils.UserError, match="--batch-size 500"):
+        next(data.steps(rows, lengths, 500, 1))
+
+
+def test_batches_are_padded_on_the_right_and_fields_travel_beside_them(tmp_path, tok):
+    lines = [{"prompt": f"p {i}", "nums": [i, {"a": "ü"}], "response": "x" * (i % 5)}
+             for i in range(200)]
+    for line in lines[::3]:
+        line["target"] = len(line["prompt"])
+    path = write_rows(tmp_path / "a.jsonl", lines)
+    for rows in load_rows(path, tok, "sft", split="1,1,1"):
+        indices = np.arange(len(rows))[::-1]
+        fields = rows.columns(indices)
+        assert set(fields) == {"nums", "target"}
+        tokens, prompt_lens, answer_lens = data.collate(rows, indices, "cpu")
+        assert (rows.lengths()[indices] == (prompt_lens + answer_lens).numpy()).all()
+        for k, (row, p, a) in enumerate(zip(tokens, prompt_lens, answer_lens)):
+            number, target = fields["nums"][k][0], fields["target"][k]
+            assert tok.decode(row[:p]) == f"Human: p {number}\nAssistant:"
+            answer = tok.decode(row[p : p + a])
+            assert answer == (" " + "x" * (number % 5) + "<eos>").replace(" <eos>", "<eos>")
+            assert not row[p + a :].any()
+            assert target == (None if number % 3 else len(f"p {number}"))
+
+
+# -----------------------------------------------------------------------------
+# 2. models: log-probabilities, scores, LoRA, folders
+# -----------------------------------------------------------------------------
+
+
+def padded(rows, value):
+    """(B, T) tokens, right-padded with any value, and their lengths."""
+    tensors = [torch.tensor(row) for row in rows]
+    lengths = torch.tensor([len(row) for row in rows])
+    return torch.nn.utils.rnn.pad_sequence(tensors, True, value), lengths
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "llama", "bloom"])
+def test_a_padded_batch_gives_each_row_the_logprobs_and_entropies_of_that_row_alone(kind):
+    lm = model_of(kind)
+    rows = ragged([9, 4, 21, 3])
+    prompt_lens = torch.tensor([5, 1, 20, 1])
+    for pad in (0, 5, 1):  # pad, eos, bos: what the padding is cannot matter
+        tokens, lens = padded(rows, pad)
+        with torch.no_grad():
+            got, entropy = sft.Policy(lm)(tokens, prompt_lens, lens - prompt_lens, 0.7)
+        for i, (row, prompt_len) in enumerate(zip(rows, prompt_lens.tolist())):
+            n = len(row) - prompt_len
+            want = plain_logprobs(lm, row, prompt_len, 0.7)
+            torch.testing.assert_close(got[i, :n].double(), want, rtol=1e-4, atol=1e-5)
+            with torch.no_grad():
+                logits = lm(torch.tensor([row])).logits[0, prompt_len - 1 : -1].double() / 0.7
+            want = torch.distributions.Categorical(logits=logits).entropy()
+            torch.testing.assert_close(entropy[i, :n].double(), want, rtol=1e-4, atol=1e-5)
+            assert not got[i, n:].any() and not entropy[i, n:].any()
+
+
+def test_eos_carries_gradient_although_it_is_also_pad_and_bos():
+    lm = model_of("opt", pad_token_id=5, bos_token_id=5)
+    tokens, lens = padded([[5, 9, 8, 7, 5], [5, 9, 8, 5]], 5)
+    prompt_lens = torch.tensor([3, 2])
+    index, mask = sft.answer_positions(prompt_lens, lens - prompt_lens)
+    assert index.tolist() == [[2, 3], [1, 2]] and mask.all()
+    logprobs, _ = sft.Policy(lm)(tokens, prompt_lens, lens - prompt_lens)
+    (grad,) = torch.autograd.grad(logprobs[0, 1], lm.model.decoder.layers[2].fc2.weight)
+    assert logprobs[0, 1].item() == pytest.approx(plain_logprobs(lm, [5, 9, 8, 7, 5], 3)[1].item())
+    assert grad.abs().sum() > 0, "the EOS at the end of an answer is an action"
+    lm.config.logits_scaling = 8.0
+    with pytest.raises(utils.UserError, match="scales or caps its logits"):
+        sft.Policy(lm)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "opt-350m", "gpt2", "gpt_neox", "bloom"])
+def test_a_score_is_read_at_the_last_real_token_whatever_comes_after_it(kind, tmp_path):
+    model_of(kind).save_pretrained(tmp_path)
+    rm = reward.RewardModel.from_lm(str(tmp_path), torch.float32)
+    rows = ragged([9, 4, 21])
+    with torch.no_grad():
+        alone = torch.stack([rm(torch.tensor([row]))[0, -1] for row in rows])
+        for value in (0, 5, 80):
+            tokens, lens = padded(rows, value)
+            got = reward.last_token(rm(tokens), lens)
+            torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+        rm.lm.config.score_offset = 0.5
+        rm.lm.config.score_scale = 3.0
+        got = reward.last_token(rm(tokens), lens)
+        torch.testing.assert_close(got, (alone - 0.5) * 3.0, rtol=1e-4, atol=1e-5)
+    head = rm.lm.score.weight
+    std = head.std().item() * (head.size(1) + 1) ** 0.5
+    assert abs(std - 1) < 0.3, "the head starts at std 1/sqrt(d + 1)"
+
+
+# ---- LoRA
+
+
+def test_every_linear_layer_of_the_blocks_has_an_adapter_and_a_head_is_trained():
+    trained = [n for n, p in model_of("llama lora").named_parameters() if p.requires_grad]
+    adapted = {name.rpartition(".")[0] for name in trained}
+    assert len(trained) == 2 * 3 * 7 == 2 * len(adapted)
+    assert all(".lora_" in name and "lm_head" not in name for name in trained)
+    rm = reward.RewardModel.from_lm("tiny", torch.float32)
+    utils.add_lora(rm.lm, 2)
+    assert rm.lm.score.weight.requires_grad, "a new head must learn"
+    assert not rm.lm.base_model.embed_tokens.weight.requires_grad
+    assert utils.add_lora(model_of("llama"), 0).lm_head.weight.requires_grad, "0: no adapters"
+
+
+def test_an_adapter_adds_twice_its_product_and_off_it_adds_nothing_even_after_an_error():
+    """Hu et al. 2021, section 4.1, with alpha = 2 rank."""
+    lm = model_of("llama lora")
+    layer = lm.model.layers[0].self_attn.q_proj
+    x = torch.randn(5, layer.lora_A.size(1))
+    ids = torch.tensor(ragged([9]))
+    with torch.no_grad():
+        want = 2 * x @ layer.lora_A.T @ layer.lora_B.T
+        torch.testing.assert_close(layer(x) - layer.base(x), want, rtol=1e-4, atol=1e-5)
+        base = model_of("llama")(ids).logits
+        assert not torch.equal(lm(ids).logits, base)
+        with pytest.raises(KeyError), utils.adapters_off():
+            assert torch.equal(lm(ids).logits, base), "the reference policy"
+            raise KeyError
+        assert not torch.equal(lm(ids).logits, base), "they are on again"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_merged_weights_are_base_and_adapters_together(kind):
+    utils.init_distributed(0)
+    lm = model_of(kind + " lora")
+    plain = model_of(kind)
+    missing, unexpected = plain.load_state_dict(utils.whole_state_dict(lm), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}  # tied in GPT-2
+    ids = torch.tensor(ragged([9]))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+# ---- folders
+
+
+def test_a_tensor_that_is_missing_or_has_another_shape_is_named_and_unknown_ones_pass(
+        tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    lm = model_of("gpt2")
+    lm.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    short = whole[name][:-1].clone()
+    head = {"score.weight": torch.zeros(1, 64)}
+    for state, message in (
+            ({k: v for k, v in whole.items() if k != name}, "look at " + name),
+            (whole | {name: short}, name + ".*63.*64"),
+            (whole | head, "not a whole AutoModelForCausalLM, look at score.weight")):
+        save_file(state, path, metadata={"format": "pt"})
+        with pytest.raises(utils.UserError, match=message):
+            load_lm(tmp_path)
+    # Old files of GPT-2 hold buffers that no model of today has.
+    old = {"transformer.h.0.attn.masked_bias": torch.ones(1), "extra.weight": torch.ones(2)}
+    save_file(whole | old, path, metadata={"format": "pt"})
+    ids = torch.tensor(ragged([9]))
+    with torch.no_grad():
+        assert torch.equal(load_lm(tmp_path)(ids).logits, lm(ids).logits)
+    assert "tensors belong to no layer, such as extra.weight" in capsys.readouterr().out
+    with pytest.raises(utils.UserError, match="look at score.weight"):
+        reward.RewardModel.from_pretrained(str(tmp_path), torch.float32)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(utils.UserError, match="holds LoRA adapters .*merge them"):
+        load_lm(tmp_path)
+    for path in ("out/nowhere", "./nowhere"):
+        with pytest.raises(utils.UserError, match="no such model folder; train one first"):
+            load_lm(path)
+
+
+def test_what_is_loaded_has_no_dropout_float32_frequencies_and_the_tokenizers_words(tmp_path, tok):
+    model_of("gpt2").save_pretrained(tmp_path / "gpt2")
+    assert all(m.p == 0 for m in load_lm(tmp_path / "gpt2").modules()
+               if isinstance(m, torch.nn.Dropout))
+    model_of("llama", vocab_size=264).save_pretrained(tmp_path)
+    for path, vocabulary, words in ((tmp_path, 264, 258), ("tiny", 258, None)):
+        lm = load_lm(path, torch.bfloat16, tokenizer=tok)
+        assert lm.dtype == torch.bfloat16
+        assert lm.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert (lm.config.vocab_size, lm.config.num_words) == (vocabulary, words)
+    assert utils.pick_lr(0, lm.config, 1e-3, 1e-5) == 1e-3, "the built-in model"
+    assert utils.pick_lr(0, load_lm(tmp_path).config, 1e-3, 1e-5) == 1e-5
+    assert utils.pick_lr(0.5, lm.config, 1e-3, 1e-5) == 0.5
+    if not torch.cuda.is_available():
+        assert utils.dtype_of("auto") == torch.float32
+        assert 0.05 < utils.memory_gib() < 1000
+
+
+def test_a_saved_folder_keeps_its_settings_names_the_ends_and_holds_nothing_broken(tmp_path, tok):
+    """Sampling settings as Llama 2 had them, which transformers calls invalid; and a config that
+    ties the embeddings of a file where they differ."""
+    from transformers import AutoModelForCausalLM
+
+    utils.init_distributed(0)
+    lm = model_of("llama", vocab_size=258, tie_word_embeddings=False)
+    lm.config.tie_word_embeddings = True
+    lm.save_pretrained(tmp_path / "a")
+    settings = {"eos_token_id": 5, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
+    (tmp_path / "a/generation_config.json").write_text(json.dumps(settings))
+    loaded = load_lm(tmp_path / "a")
+    for ends in ([256, 257], [256]):
+        utils.save_model(loaded, tok, ends, tmp_path / "b", score_scale=2.5)
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+        eos = ends if len(ends) > 1 else 256
+        assert saved.config.eos_token_id == saved.generation_config.eos_token_id == eos
+        assert saved.config.score_scale == 2.5
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            assert getattr(saved.generation_config, name) == settings[name]
+        assert utils.load_tokenizer(str(tmp_path / "b")).chat_template == tok.chat_template
+    ids = torch.tensor(ragged([9]))
+    with torch.no_grad():
+        assert torch.equal(saved(ids).logits, lm(ids).logits)
+    loaded.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    before = (tmp_path / "b/model.safetensors").read_bytes()
+    with pytest.raises(utils.UserError, match="layers.1.mlp.up_proj.weight is not finite; lower"):
+        utils.save_model(loaded, tok, ends, tmp_path / "b")
+    assert (tmp_path / "b/model.safetensors").read_bytes() == before
+
+
+def test_each_folder_loads_with_transformers_alone_in_a_fresh_process(chain, tmp_path):
+    probe = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+out = {}
+for step in ("sft", "reward", "ppo", "ppo/ema"):
+    auto = AutoModelForSequenceClassification if step == "reward" else AutoModelForCausalLM
+    tok = AutoTokenizer.from_pretrained(f"{sys.argv[1]}/{step}")
+    chat = [{"role": "user", "content": "reverse apple"}, {"role": "assistant", "content": "elppa"}]
+    ids = tok(tok.apply_chat_template(chat, tokenize=False), return_tensors="pt")["input_ids"]
+    out[step] = auto.from_pretrained(f"{sys.argv[1]}/{step}")(input_ids=ids).logits.detach()
+assert "utils" not in sys.modules
+torch.save(out, sys.argv[2])
+"""
+    root = Path(chain["sft"][0]).parent
+    code, said = command("-c", probe, root, tmp_path / "out.pt", cwd=tmp_path)
+    assert code == 0, said
+    theirs = torch.load(tmp_path / "out.pt")
+    tok = utils.load_tokenizer(chain["sft"][0])
+    ids = torch.tensor([tok("Human: reverse apple\nAssistant: elppa")["input_ids"]])
+    with torch.no_grad():
+        for step in ("sft", "ppo", "ppo/ema"):
+            assert torch.equal(load_lm(root / step)(ids).logits, theirs[step]), step
+        rm = reward.RewardModel.from_pretrained(chain["reward"][0], torch.float32)
+        score = rm(ids)[:, -1]
+    config = rm.lm.config
+    want = (theirs["reward"][:, 0] - config.score_offset) * config.score_scale
+    torch.testing.assert_close(score, want)
+    assert config.score_offset != 0 and config.score_scale != 1
+
+
+# -----------------------------------------------------------------------------
+# 3. kernels: references and Triton kernels against naive versions in float64
+#
+# Without a GPU the kernels run in Triton's interpreter, in float32 and float16 (it computes wrong
+# results in bfloat16, without an error), and are compiled for a GPU that is not there.
+
+GPU_ONLY = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
+every_device = pytest.mark.parametrize("device, dtype", [
+    pytest.param("cpu", torch.float32, id="interpreter-fp32", marks=INTERPRETED),
+    pytest.param("cpu", torch.float16, id="interpreter-fp16", marks=[INTERPRETED, long]),
+    pytest.param("cuda", torch.float32, id="gpu-fp32", marks=GPU_ONLY),
+    pytest.param("cuda", torch.bfloat16, id="gpu-bf16", marks=GPU_ONLY),
+])
+TOLERANCE = {
+    torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def draw(*shape, dtype=torch.float64, seed=0):
+    """Normal random numbers that the dtype represents exactly, in float64 for the reference."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).double()
+
+
+def cast(x, device, dtype):
+    """Floating point tensors to the dtype, all tensors to the device. None stays None."""
+    if x is None:
+        return None
+    return x.to(device, dtype if x.is_floating_point() else x.dtype)
+
+
+def assert_close(got, want, dtype, what=""):
+    """The error, in units of 1 + the size of the number, is below the tolerance of the dtype."""
+    got = got.detach().double().cpu()
+    want = want.detach().double()
+    assert got.shape == want.shape and not got.isnan().any(), f"{what}: NaN, or {got.shape}"
+    worst = ((got - want).abs() / (1 + want.abs())).max() if want.numel() else 0
+    assert worst < TOLERANCE[dtype], f"{what}: error {worst:.2e} in {dtype}"
+
+
+@pytest.mark.parametrize("shape, out", [((5, 8), 24), ((3, 7, 24), 8), ((1, 8), 8), ((2, 3, 8), 1)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_and_its_gradients_are_those_of_autograd(shape, out, frozen):
+    results = []
+    for dtype in (torch.float64, torch.float32):  # of which oneDNN takes the second
+        x, weight, bias = (draw(*size, seed=i).to(dtype).requires_grad_(i == 0 or not frozen)
+                           for i, size in enumerate([shape, (out, shape[-1]), (out,)]))
+        module = torch.nn.Sequential(torch.nn.Linear(shape[-1], out, bias=not frozen))
+        module = kernels.use_onednn_linears(module)[0]
+        module._parameters.update(weight=weight, bias=None if frozen else bias)
+        y = module(x)
+        if dtype == torch.float32 and kernels.ONEDNN and not torch.cuda.is_available():
+            assert (type(y.grad_fn).__name__ == "OneDNNLinearBackward") == (shape[0] > 1)
+        y.sum().backward(retain_graph=True)  # a gradient with strides of 0
+        (y * torch.arange(1, out + 1, dtype=dtype)).sum().backward()
+        results.append([y, x.grad] + ([] if frozen else [weight.grad, bias.grad]))
+    for want, got in zip(*results, strict=True):
+        assert_close(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("device, dtype", [
+    ("cpu", torch.float32), pytest.param("cuda", torch.bfloat16, marks=GPU_ONLY, id="gpu-bf16")])
+@pytest.mark.parametrize("rows, bias", [(1, True), (20, True), (20, False)])
+def test_a_product_with_an_activation(device, dtype, rows, bias):
+    x, weight = draw(rows, 16, dtype=dtype), draw(32, 16, dtype=dtype, seed=1)
+    b = draw(32, dtype=dtype, seed=2) if bias else None
+    z = x @ weight.T + (b if bias else 0)
+    tanh = z * (1 + ((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)).tanh()) / 2
+    want = dict(relu=z.clamp(min=0), silu=z / (1 + (-z).exp()), swish=z / (1 + (-z).exp()),
+                gelu=z * (1 + (z / 2**0.5).erf()) / 2)
+    for name in kernels.ACTIVATIONS:
+        args = [cast(a, device, dtype) for a in (x, weight, b)]
+        assert_close(kernels.linear_activation(*args, name), want.get(name, tanh), dtype, name)
+
+
+# ---- attention ----
+
+
+def make_spec(H, D, window, alibi):
+    slopes = 2.0 ** -(1 + torch.arange(H, dtype=torch.float64) * 8 / H)
+    return AttentionSpec(D**-0.5, window, slopes if alibi else None)
+
+
+def on_device(spec, device):
+    return spec._replace(slopes=cast(spec.slopes, device, torch.float32))
+
+
+def naive_attention(q, k, v, spec):
+    """One sequence in float64, query by query and head by head. q (n, H, D): the last n positions;
+    k, v (T, K, D)."""
+    n, H, _ = q.shape
+    T, K = k.shape[:2]
+    out = torch.zeros_like(q)
+    for pos, h in itertools.product(range(T - n, T), range(H)):
+        first = max(0, pos + 1 - spec.window) if spec.window else 0
+        keys, values = (x[first : pos + 1, h // (H // K)] for x in (k, v))
+        scores = keys @ q[pos - T + n, h] * spec.scale                  # (visible keys,)
+        if spec.slopes is not None:
+            scores = scores - spec.slopes[h] * (pos - torch.arange(first, pos + 1))
+        out[pos - T + n, h] = scores.softmax(0) @ values
+    return out
+
+
+@every_device
+@pytest.mark.parametrize("lengths, H, K, D, window, alibi", [
+    ([3, 0, 1, 133, 0], 2, 2, 64, 0, False),  # empty, one token, longer than a block
+    ([1, 1, 1], 4, 1, 80, 0, True),
+    ([31, 32, 33], 4, 1, 96, 0, False),
+    ([70, 5], 4, 1, 128, 7, True),  # a window smaller than a block of keys
+    ([0, 150], 1, 1, 64, 64, False),  # a window of exactly one block
+    ([35], 1, 1, 256, 0, True),
+    ([33, 2], 2, 2, 8, 9, True),  # below the 16 that tl.dot needs
+])
+def test_packed_prefill_is_attention_of_each_sequence_alone(device, dtype, lengths, H, K, D, window,
+                                                            alibi):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    # Slices of one tensor, as a joint projection makes them: their rows are not contiguous.
+    qkv = draw(sum(lengths), H + 2 * K, D, dtype=dtype)
+    q, k, v = qkv.split([H, K, K], 1)
+    spec = make_spec(H, D, window, alibi)
+    sequences = zip(q.split(lengths), k.split(lengths), v.split(lengths))
+    want = torch.cat([naive_attention(*sequence, spec) for sequence in sequences])
+    got = kernels.prefill_attention(q, k, v, cu_seqlens, spec)
+    assert_close(got, want, torch.float64, "PyTorch")
+    q, k, v = qkv.to(device, dtype).split([H, K, K], 1)
+    got = kernels.prefill_attention_triton(q, k, v, cu_seqlens.to(device), on_device(spec, device))
+    assert_close(got, want, dtype, "Triton")
+
+
+@every_device
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_sequence_never_reads_its_neighbours(device, dtype):
+    q, k, v = (draw(90, 1, 64, dtype=dtype, seed=i).to(device, dtype) for i in range(3))
+    cu_seqlens = torch.tensor([0, 30, 60, 90], dtype=torch.int32, device=device)
+    clean = kernels.prefill_attention_triton(q, k, v, cu_seqlens, AttentionSpec(0.1))[30:60]
+    for x in (q, k, v):
+        x[:30] = float("nan")
+        x[60:] = float("inf")
+    got = kernels.prefill_attention_triton(q, k, v, cu_seqlens, AttentionSpec(0.1))[30:60]
+    assert torch.equal(clean, got), "tokens of another sequence changed this one's attention"
+
+
+def test_alibi_tells_far_positions_apart_in_bfloat16_too():
+    bias = kernels.alibi(torch.tensor([1.0, 0.25]), torch.arange(400), torch.bfloat16)
+    assert bias[0].tolist() == list(range(400)), "bfloat16 itself cannot count beyond 256"
+
+
+@every_device
+@pytest.mark.parametrize("lengths, C, H, K, D, window, alibi", [
+    ([3, 0, 70, 33], 70, 2, 2, 64, 0, False),
+    ([0, 0], 40, 1, 1, 64, 0, False),  # empty rows only
+    ([1], 300, 8, 1, 128, 0, True),  # a capacity of many splits, and keys for one
+    ([200, 7], 200, 4, 1, 80, 50, True),
+    ([100, 31], 128, 8, 2, 96, 3, False),
+    ([65], 65, 1, 1, 256, 0, True),
+    ([9, 17], 20, 34, 2, 8, 0, False),  # 17 query heads per key head
+])
+def test_decode_is_the_last_row_of_full_attention(device, dtype, lengths, C, H, K, D, window,
+                                                  alibi):
+    B = len(lengths)
+    q = draw(B, H, D, dtype=dtype)
+    k, v = draw(2, B + 1, K, C, D, dtype=dtype, seed=1)                 # one slot more than rows
+    spec = make_spec(H, D, window, alibi)
+    want = torch.zeros(B, H, D, dtype=torch.float64)
+    for b, n in enumerate(lengths):
+        if n > 0:
+            keys, values = (x[b, :, :n].transpose(0, 1) for x in (k, v))  # (n, K, D)
+            want[b] = naive_attention(q[b : b + 1], keys, values, spec)[0]
+    got = kernels.decode_attention(q, k, v, torch.tensor(lengths), spec)
+    assert_close(got, want, torch.float64, "PyTorch")
+    for slot, n in enumerate([*lengths, 0]):  # nothing beyond the length of a row may be read
+        k[slot, :, n:] = v[slot, :, n:] = float("nan")
+    q, k, v, lengths = (cast(x, device, dtype) for x in (q, k, v, torch.tensor(lengths)))
+    got = kernels.decode_attention_triton(q, k, v, lengths, on_device(spec, device))
+    assert_close(got, want, dtype, "Triton")
+
+
+@every_device
+def test_decode_in_one_split_and_in_many_agree(device, dtype, monkeypatch):
+    q = cast(draw(2, 2, 64, dtype=dtype), device, dtype)
+    k, v = cast(draw(2, 2, 2, 300, 64, dtype=dtype), device, dtype)
+    args = (q, k, v, torch.tensor([277, 9], device=device), AttentionSpec(0.1))
+    assert [kernels.decode_splits(B, 2, 300, 0, 64) for B in (2, 256)] == [5, 1]
+    split = kernels.decode_attention_triton(*args)
+    monkeypatch.setattr(kernels, "decode_splits", lambda *_: 1)
+    assert_close(split, kernels.decode_attention_triton(*args).cpu(), dtype, "five splits")
+
+
+# ---- rotary embedding, the KV cache, norms ----
+
+
+@every_device
+@pytest.mark.parametrize("H, K, D, R", [(4, 4, 64, 0), (3, 1, 64, 64), (8, 2, 80, 20)])
+def test_rope_rotates_and_the_cache_holds_rotated_keys(device, dtype, H, K, D, R):
+    C = 9
+    qkv = draw(5, H + 2 * K, D, dtype=dtype)
+    q, k, v = qkv.split([H, K, K], 1)
+    slots, positions = torch.tensor([[0, 0, 2, 3, 1], [0, 1, 8, 3, 2]])
+    angles = torch.arange(C)[:, None] * 0.7 ** torch.arange(R // 2, dtype=torch.float64)
+    tables = [angles.cos(), angles.sin()] if R else [None, None]        # (C, R / 2) each
+    want = [q.clone(), k.clone()]
+    for x in want:  # Su et al.: pairs of features are complex numbers, and turn
+        pairs = torch.complex(x[..., : R // 2], x[..., R // 2 : R])
+        turned = pairs * torch.polar(torch.ones(()).double(), angles[positions])[:, None]
+        x[..., :R] = torch.cat([turned.real, turned.imag], -1)
+    for where, rope, real in [("cpu", kernels.rope_and_cache, torch.float64),
+                              (device, kernels.rope_and_cache_triton, dtype)]:
+        q, k, v = qkv.to(where, real).split([H, K, K], 1)
+        caches = torch.zeros(2, 4, K, C, D, dtype=real, device=where)
+        if real != torch.float64:
+            tables = [cast(x, where, torch.float32) for x in tables]
+        got = rope(q, k, v, *caches, slots.to(where), positions.to(where), *tables)
+        for x, y in zip(got, want):
+            assert_close(x, y, real, f"{R} of {D} features rotated")
+        for cache, x in zip(caches.cpu(), (want[1], v.cpu())):
+            assert_close(cache[slots, :, positions], x, real, "cache")
+            assert cache.count_nonzero() == x.count_nonzero(), "nothing else is written"
+
+
+@long
+@INTERPRETED
+def test_a_cache_beyond_32_bits_is_addressed_right():
+    """Slot 5 starts at element 5 * 2^29. Only the pages that are touched take memory."""
+    cache = torch.empty(6, 1, 2**23, 64, dtype=torch.float16)
+    q = draw(6, 1, 64).half()
+    k = torch.ones(6, 1, 64, dtype=torch.float16)
+    kernels.rope_and_cache_triton(q, k, k, cache, cache, torch.arange(6), torch.zeros(6).long())
+    lengths = torch.tensor([1, 0, 0, 0, 0, 1])
+    got = kernels.decode_attention_triton(q, cache, cache, lengths, AttentionSpec(0.1, window=16))
+    assert torch.equal(got[:, 0, 0], lengths.half()), "keys are not read where they were written"
+
+
+@every_device
+@pytest.mark.parametrize("E, rms, with_residual", [
+    (1, False, True), (100, False, False), (999, False, True), (100, True, True), (64, True, False),
+])
+def test_add_norm_adds_and_norms(device, dtype, E, rms, with_residual):
+    x, residual = draw(2, 2, 3, E, dtype=dtype)
+    weight, bias = draw(2, E, dtype=dtype, seed=1)
+    if E > 64:
+        x = (x + 100).to(dtype).double()  # a mean much larger than the deviation
+    total = (x + residual).to(dtype).double() if with_residual else x
+    residual = residual if with_residual else None
+    y = total if rms else total - total.mean(-1, keepdim=True)
+    want = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + (0 if rms else bias)
+    for where, add_norm in (("cpu", kernels.add_norm), (device, kernels.add_norm_triton)):
+        args = [cast(a, where, dtype) for a in (x, residual, weight, None if rms else bias)]
+        normed, got = add_norm(*args, 1e-5, rms)
+        assert_close(got, total, dtype, f"sum, {add_norm.__name__}")
+        if dtype == torch.float32 or add_norm is kernels.add_norm_triton:  # PyTorch rounds the sum
+            assert_close(normed, want, dtype, f"norm, {add_norm.__name__}")
+    heads = cast(torch.cat([x, x], 1), device, dtype)[:, 3:]  # slices of a joint projection
+    normed, _ = kernels.add_norm_triton(heads, None, *args[2:], 1e-5, rms)
+    if not with_residual:
+        assert_close(normed, want, dtype, "norm of heads")
+
+
+# ---- sampling ----
+
+NO_EOS = torch.tensor([], dtype=torch.long)
+samplers = pytest.mark.parametrize("device", [
+    pytest.param("cpu", id="pytorch"), pytest.param("cuda", id="gpu", marks=GPU_ONLY)])
+
+
+def new_rows(B, device="cpu"):
+    """Rows of 3 tokens in slots of 6, whose slots are not in order: slots, rows."""
+    rows = kernels.Rows(
+        tokens=torch.full((B, 6), 7, device=device),
+        logprobs=torch.full((B, 6), 8.0, device=device),
+        lengths=torch.full((B,), 3, device=device),
+        max_lengths=torch.full((B,), 6, device=device),
+        keys=torch.arange(B, device=device) * 2_000_003 + 2**31,
+        done=torch.zeros(B, dtype=torch.bool, device=device),
+    )
+    return torch.arange(B - 1, -1, -1, device=device), rows
+
+
+@samplers
+def test_sampled_frequencies_are_the_probabilities(device):
+    """Pearson's chi-square test of samples at temperature 0.7, six tokens in two blocks."""
+    n = 2000
+    logits = torch.full((5000,), float("-inf"))
+    logits[[0, 1, 4095, 4096, 4999, 4500]] = torch.tensor([0.0, 1.0, 0.5, 1.5, -0.5, 0.3])
+    slots, rows = new_rows(n, device)
+    kernels.sample_next(logits.expand(n, -1).to(device), slots, rows, NO_EOS.to(device), 0.7)
+    p = (logits.double() / 0.7).softmax(0)
+    count = rows.tokens[:, 3].cpu().bincount(minlength=5000).double()
+    assert count[p == 0].sum() == 0, "a token of probability 0"
+    chi2 = ((count - n * p).square() / (n * p))[p > 0].sum()
+    assert chi2 < 20.5, f"chi-square {chi2:.1f} with 5 degrees of freedom: p-value below 0.001"
+
+
+def test_uniform_numbers_depend_on_row_and_position_alone():
+    keys = torch.arange(300).repeat_interleave(300)
+    counters = torch.arange(300).repeat(300)
+    u = kernels.uniform(keys, counters)
+    order = torch.randperm(len(u), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(kernels.uniform(keys[order], counters[order]), u[order])
+    deciles = u.histc(10, 0, 1) / len(u)
+    assert 0 < u.min() and u.max() < 1 and (deciles - 0.1).abs().max() < 0.005
+    grid = u.view(300, 300).double() - 0.5                              # (keys, counters)
+    for other in (grid.roll(1, 0), grid.roll(1, 1), grid.T):
+        correlation = (grid * other).mean().abs() * 12
+        assert correlation < 0.02, "neighbours, or key and counter swapped, are correlated"
+
+
+@samplers
+def test_a_sampled_token_is_appended_and_may_end_its_row(device):
+    """Row by row: it goes on, ends with an EOS, ends at its greatest length, has ended before."""
+    logits = torch.full((4, 5000), -50.0)
+    certain = torch.tensor([11, 4999, 13, 14])
+    logits[range(4), certain] = 50.0
+    _, rows = new_rows(6, device)
+    slots = torch.tensor([4, 1, 5, 0], device=device)  # of these rows; nobody has slots 2 and 3
+    rows.max_lengths[5] = 4
+    rows.done[0] = True
+    eos = torch.tensor([2, 4999, 15, 77], device=device)  # 14 would not end a row
+    want = rows._replace(**{field: x.cpu().clone() for field, x in rows._asdict().items()})
+    kernels.sample_next(logits.to(device), slots, rows, eos, 1.0)
+    want.tokens[[4, 1, 5], 3] = certain[:3]
+    want.logprobs[[4, 1, 5], 3] = 0.0
+    want.lengths[[4, 1, 5]] = 4
+    want.done[[1, 5]] = True
+    for field, x, y in zip(rows._fields, rows, want):
+        assert_close(x, y, torch.float32, field)
+
+
+@pytest.mark.parametrize("top_k, top_p, kept", [
+    (2, 1.0, [1, 3]), (0, 0.7, [1, 3]), (0, 0.71, [1, 3, 4]), (4, 0.5, [1, 3]), (0, 1e-9, [1]),
+    (9, 1.0, [0, 1, 2, 3, 4]),
+])
+def test_top_k_and_top_p_keep_the_likely_and_renormalise(top_k, top_p, kept):
+    p = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
+    u = torch.linspace(0.001, 0.999, 99)
+    tokens, logprobs = kernels.sample(p.log().expand(99, -1), u, 1.0, top_k, top_p)
+    assert set(tokens.tolist()) == set(kept)
+    assert_close(logprobs, (p[tokens] / p[kept].sum()).log(), torch.float32)
+
+
+# ---- log-probabilities without keeping the logits ----
+
+
+def float32_logits(hidden, weight):
+    """What kernels.logits returns on a GPU for a bfloat16 model."""
+    return hidden.float() @ weight.T.float()
+
+
+@pytest.mark.parametrize("device, dtype", [
+    ("cpu", torch.float32), ("cpu", torch.bfloat16),
+    pytest.param("cuda", torch.bfloat16, marks=GPU_ONLY, id="gpu")])
+@pytest.mark.parametrize("N, E, V, temperature", [
+    (7, 5, 11, 1.0), (5, 8, 5003, 0.7), (0, 3, 4, 1.0), (1, 3, 1, 1.0)])
+def test_token_logprobs_and_their_gradients_are_those_of_autograd(N, E, V, temperature, device,
+                                                                  dtype, monkeypatch):
+    if dtype == torch.bfloat16 and device == "cpu":
+        monkeypatch.setattr(kernels, "logits", float32_logits)
+    monkeypatch.setattr(kernels.TokenLogprobs, "CHUNK", {device: 3 * V})  # three rows at a time
+    inputs = [draw(N, E, dtype=dtype), draw(V, E, dtype=dtype, seed=1)]
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
+    g, g_entropy = draw(N, seed=3), draw(N, seed=4)
+
+    def gradients(hidden, weight, logprobs, entropy):
+        loss = (logprobs * g.to(logprobs)).sum() + (entropy * g_entropy.to(logprobs)).sum()
+        return [logprobs, entropy, *torch.autograd.grad(loss, (hidden, weight))]
+
+    hidden, weight = (x.clone().requires_grad_() for x in inputs)
+    log_p = (hidden @ weight.T / temperature).log_softmax(-1)           # (N, V)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    want = gradients(hidden, weight, log_p.gather(1, targets[:, None])[:, 0], entropy)
+    hidden, weight = (x.to(device, dtype).requires_grad_() for x in inputs)
+    sizes = [z.numel() for _, z in kernels.TokenLogprobs.chunks(hidden, weight)]
+    assert sum(sizes) == N * V and max(sizes, default=0) <= 3 * V, f"chunks of {sizes} logits"
+    logprobs, entropy = kernels.token_logprobs(hidden, weight, targets.to(device), temperature)
+    got = gradients(hidden, weight, logprobs, entropy)
+    for x, y, real in zip(got, want, (torch.float32, torch.float32, dtype, dtype)):
+        assert x.dtype == real
+        assert_close(x, y, real)
+
+
+def test_a_frozen_head_has_no_gradient_and_that_of_bfloat16_is_added_up_in_float32(monkeypatch):
+    """A thousand equal rows, one at a time: a sum in bfloat16 would stay at 256 times the first."""
+    monkeypatch.setattr(kernels.TokenLogprobs, "CHUNK", {"cpu": 8})
+    row = draw(1, 4).bfloat16().requires_grad_()
+    weight = draw(8, 4, seed=1).bfloat16().requires_grad_()
+    gradients = []
+    for n in (1, 1000):
+        targets = torch.zeros(n, dtype=torch.long)
+        logprobs, _ = kernels.token_logprobs(row.repeat(n, 1), weight, targets)
+        gradients += torch.autograd.grad(logprobs.sum(), weight)
+    assert_close(gradients[1] / 1000, gradients[0], torch.bfloat16)
+    logprobs, _ = kernels.token_logprobs(row, weight.detach(), targets[:1])
+    logprobs.sum().backward()
+    assert row.grad is not None and weight.grad is None
+
+
+def test_logits_of_a_bfloat16_model_are_float32_on_a_gpu():
+    """With tensors that have a device and a dtype but no memory: no GPU is needed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        for device, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
+            x = torch.empty(4, 8, device=device, dtype=torch.bfloat16)
+            assert kernels.logits(x, x).dtype == dtype
+
+
+# ---- what the compiler makes of the kernels, for a GPU that is not there ----
+
+
+def empty(*shape, dtype=torch.int64):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launch_kernels(D, K, E, V, dtype, is_llama):
+    """Calls every launcher, with tensors that have no memory, for batches of 1 to 64 rows. D head
+    size, K key heads of 32 heads, E width, V vocabulary."""
+    spec = AttentionSpec(0.1)
+    if not is_llama:
+        spec = AttentionSpec(0.1, window=1024, slopes=empty(32, dtype=torch.float32))
+    q, k = empty(64, 32, D, dtype=dtype), empty(64, K, D, dtype=dtype)
+    cache = empty(256, K, 512, D, dtype=dtype)
+    for B in range(1, 65):
+        kernels.prefill_attention_triton(q, k, k, empty(B + 1, dtype=torch.int32), spec)
+        kernels.decode_attention_triton(q[:B], cache, cache, empty(B), spec)
+    cos = empty(512, D // 2, dtype=torch.float32) if is_llama else None
+    kernels.rope_and_cache_triton(q, k, k, cache, cache, empty(64), empty(64), cos, cos)
+    x = empty(64, E, dtype=dtype)
+    kernels.add_norm_triton(x, x, x[0], None if is_llama else x[0], 1e-5, is_llama)
+
+
+def compile_kernels(variants):
+    """In a process that does not interpret kernels: compiles what launch_kernels launches for an
+    H100, and prints a row of what NVIDIA's assembler says about each compiled kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    compiled = {}
+
+    class Compile(SimpleNamespace):
+        """Takes the place of a kernel, and compiles it where it would be launched."""
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                result = self.kernel.run(*args, grid=grid, warmup=True, **options)
+                compiled[self.kernel.__name__, result.hash] = result
+            return launch
+
+    triton.runtime.driver.set_active(SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0))
+    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+        setattr(kernels, name, Compile(kernel=getattr(kernels, name)))
+    for *sizes, dtype, is_llama in variants:
+        launch_kernels(*sizes, getattr(torch, dtype), is_llama)
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    for (name, _), result in compiled.items():
+        command = [ptxas, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", "-"]
+        said = subprocess.run(command, input=result.asm["ptx"], capture_output=True, text=True)
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said.stderr)))
+        print(json.dumps(dict(kernel=name, spilled=spilled, shared=result.metadata.shared,
+                              serialised="C7515" in said.stderr)))
+
+
+@pytest.mark.parametrize("variants", [
+    [(128, 8, 2048, 50257, "bfloat16", True)],
+    pytest.param([(D, K, E, 151936, dtype, is_llama)
+                  for D, E in ((8, 768), (64, 2048), (80, 2560), (128, 5120), (256, 9216))
+                  for K, is_llama in ((8, True), (32, False))
+                  for dtype in ("bfloat16", "float16", "float32")], marks=long, id="all"),
+])
+def test_each_kernel_compiles_for_an_h100_and_spills_nothing(variants):
+    code = f"import {__name__} as test; test.compile_kernels({variants})"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                         env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    bad = [row for row in rows if row["spilled"] or row["serialised"] or row["shared"] > 99 * 1024]
+    assert not bad, f"spilled registers, wgmma one after the other, or too much memory: {bad}"
+    names = [row["kernel"] for row in rows]
+    assert set(names) == {name for name in vars(kernels) if name.endswith("_kernel")}
+    if len(variants) == 1:
+        assert names.count("prefill_kernel") == 1, "one for all batches"
+        assert names.count("decode_kernel") == 2, "in one split, in several"
+        assert names.count("merge_kernel") <= 3, "of 16, 32 and 64 splits"
+
+
+# -----------------------------------------------------------------------------
+# 4. the hybrid engine: its tokens are those of transformers, its log-probabilities the textbook's
+
+
+def transformers_greedy(lm, prompt, max_new_tokens, eos_token_id=None):
+    """The row that transformers.generate makes of one prompt."""
+    out = lm.generate(torch.tensor([prompt]), max_new_tokens=max_new_tokens, do_sample=False,
+                      eos_token_id=eos_token_id, pad_token_id=0)
+    return out[0].tolist()
+
+
+def assert_near(got, want, within=1e-4):
+    torch.testing.assert_close(got.double(), want.double(), rtol=within, atol=within)
+
+
+def check_logprobs(out, lm, temperature=1.0):
+    """The log-probabilities of a Rollout are the textbook's, row by row, and 0 past the end."""
+    for i, row in enumerate(rows_of(out)):
+        want = plain_logprobs(lm, row, int(out.prompt_lens[i]), temperature)
+        assert_near(out.logprobs[i, : len(want)], want)
+        assert (out.logprobs[i, len(want) :] == 0).all()
+
+
+@pytest.mark.parametrize("lora", ["", " lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_output_is_that_of_transformers_token_for_token(kind, lora):
+    lm = model_of(kind + lora)
+    lengths = (1, 3, 3, 17, 40, 90)
+    prompts = ragged(lengths)
+    engine = HybridEngine(lm, max_batch=4)
+    out = engine.generate(prompts, 24, temperature=0)
+    ends = [int(out.tokens[i, lengths[i] + 4]) for i in (2, 3)]  # so that some answers end early
+    out = engine.generate(prompts, 24, temperature=0, eos_token_id=ends)
+    assert len(set(out.answer_lens.tolist())) > 1, "answers end at different places"
+    for prompt, row in zip(prompts, rows_of(out)):
+        assert row == transformers_greedy(lm, prompt, 24, ends), f"prompt of {len(prompt)} tokens"
+    check_logprobs(out, lm)
+
+
+def vector_of_weights(lm):
+    return torch.nn.utils.parameters_to_vector(lm.parameters()).detach().clone()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "llama lora", "gpt2 lora"])
+def test_the_engine_follows_every_optimizer_step_and_never_changes_a_weight(kind):
+    lm = model_of(kind)
+    optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=0.02)
+    engine = HybridEngine(lm)
+    prompts = ragged((3, 9, 5))
+    ids = torch.tensor([prompts[1]])
+    before = None
+    for _ in range(3):
+        optimizer.zero_grad()
+        lm(ids, labels=ids).loss.backward()
+        optimizer.step()
+        weights = vector_of_weights(lm)
+        rows = rows_of(engine.generate(prompts, 12, temperature=0))
+        assert rows == [transformers_greedy(lm, prompt, 12) for prompt in prompts]
+        assert torch.equal(vector_of_weights(lm), weights), "no weight changes by one bit"
+        assert rows != before, "the steps were large enough to change the output"
+        before = rows
+        engine.release()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "opt-350m", "gpt2", "bloom"])
+def test_weights_are_read_by_reference_and_one_product_has_the_projections(kind, monkeypatch):
+    lm = model_of(kind)
+    weights = vector_of_weights(lm)
+    engine = HybridEngine(lm)
+    want = engine.generate(ragged((3,)), 2, temperature=0)
+    assert torch.equal(vector_of_weights(lm), weights)
+    storages = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    for x in engine.decoder.weights:
+        assert x.untyped_storage().data_ptr() in storages, f"a copy of {tuple(x.shape)}"
+    read = sum(x.numel() for x in engine.decoder.weights)
+    assert read == len(weights), "all of them, each once"
+
+    products = []
+
+    def counted(function):
+        return lambda *args: products.append(args) or function(*args)
+
+    for name in ("linear", "linear_activation"):
+        monkeypatch.setattr(kernels, name, counted(getattr(kernels, name)))
+    for p in lm.parameters():  # as module.to(device) does: the neighbours are apart
+        p.data = p.data.clone()
+    got = engine.generate(ragged((3,)), 2, temperature=0)  # a prefill and a step
+    assert torch.equal(got.tokens, want.tokens)
+    ends = 3 if kind == "opt-350m" else 1
+    assert len(products) == 2 * (4 * 3 + ends), "q, k, v; out; gate and up; down; and the ends"
+
+
+def test_the_projections_of_a_deepspeed_engine_are_neighbours_too():
+    utils.init_distributed(0)
+    lm = model_of("opt").bfloat16()  # whose parameters stand in ZeRO's buffer as k, v, q
+    trained = utils.train_engine(sft.Policy(lm), 1e-2, 2, 1, sft.Config(zero=2, dtype="bf16"))
+    engine = HybridEngine(trained)
+    for _ in range(2):
+        engine.generate(ragged((3, 9)), 4)
+        for layer, module in zip(engine.decoder.layers, lm.model.decoder.layers, strict=True):
+            for name, columns in zip("qkv", layer.qkv.columns, strict=True):
+                linear = getattr(module.self_attn, f"{name}_proj")
+                assert layer.qkv.joint.weight[columns].data_ptr() == linear.weight.data_ptr()
+                assert layer.qkv.joint.bias[columns].data_ptr() == linear.bias.data_ptr()
+        logprobs, _ = trained(torch.tensor(ragged((6,))), torch.tensor([2]), torch.tensor([4]))
+        trained.backward(-logprobs.mean())
+        utils.step(trained)
+
+
+# -----------------------------------------------------------------------------
+# batching and sampling
+
+
+def test_a_row_keeps_its_tokens_however_rows_are_batched():
+    lm = model_of("llama")
+    prompts = ragged([1 + i % 13 for i in range(40)])
+    call = dict(max_new_tokens=20, temperature=1.3, eos_token_id=[7, 8, 9])
+
+    def sample(engine, rows=range(40)):
+        out = engine.generate([prompts[i] for i in rows], seed=[100 + i for i in rows], **call)
+        assert out.tokens.size(1) == (out.prompt_lens + out.answer_lens).max()
+        assert out.tokens.sum() == sum(map(sum, rows_of(out))), "zeros behind each row"
+        return out, dict(zip(rows, rows_of(out)))
+
+    want, whole = sample(HybridEngine(lm))
+    check_logprobs(want, lm, 1.3)
+    assert len(set(want.answer_lens.tolist())) > 3, "answers end at different places"
+    for row, n in zip(whole.values(), want.answer_lens.tolist()):
+        assert n == 20 or row[-1] in (7, 8, 9)
+        assert not {7, 8, 9} & set(row[-n:-1]), "each of the three ends an answer"
+
+    slot = 2 * 3 * 2 * 64 * 16 * 4  # K and V, layers, key heads, capacity, head size, bytes
+    for limit in (dict(max_batch=4), dict(kv_gib=4.5 * slot / 2**30, max_len=64)):
+        engine = HybridEngine(lm, **limit)
+        out, rows = sample(engine)
+        assert rows == whole, "in waves: ten times more rows than slots"
+        assert len(engine.cache.slots) == 4
+        assert_near(out.logprobs, want.logprobs)
+    assert sample(engine, [31, 2, 17])[1] == {i: whole[i] for i in (31, 2, 17)}
+    assert prompts[3] + list(engine.stream(prompts[3], seed=[103], **call)) == whole[3]
+    next(engine.stream(prompts[5], seed=[1], **call))  # not read to its end
+    assert sample(engine)[1] == whole
+    first, same, other = (engine.generate(prompts, 8, seed=seed).tokens for seed in (5, 5, 6))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+    large = [weakref.ref(x) for x in (engine.cache.k, engine.cache.rows.tokens, engine.out_tokens)]
+    engine.release()
+    assert [ref() for ref in large] == [None] * 3, "release gives the memory back"
+
+
+def test_answers_to_one_prompt_share_its_prefill_and_differ():
+    lm = model_of("qwen3")
+    engine = HybridEngine(lm)
+    out = engine.generate(ragged([30]) * 8 + ragged([5]), 10, seed=3)
+    assert engine.stats["prefill_tokens"] == 35, "30 tokens once, and the other 5"
+    assert len({tuple(row) for row in rows_of(out)[:8]}) > 4
+    check_logprobs(out, lm)
+
+
+@pytest.mark.parametrize("kind", ["opt", "opt lora", "gpt_neox"])  # tied, adapted, untied
+def test_ids_without_a_word_are_never_sampled_and_have_no_probability(kind):
+    lm = model_of(kind)
+    lm.config.num_words = 90  # of 97
+    head = lm.get_output_embeddings().weight
+    with torch.no_grad():
+        head[90:] = 10 * head[:7]  # greedy would often take one of them
+    prompts = ragged((3, 9, 5), vocab=90)
+    policy = sft.Policy(lm)
+    greedy = [make_engine(name, policy).generate(prompts, 20, temperature=0)
+              for name in ("hybrid", "hf")]
+    assert rows_of(greedy[0]) == rows_of(greedy[1])
+    for engine in (HybridEngine(policy), HFEngine(policy)):
+        out = engine.generate(prompts, 60, temperature=2.0, seed=4)
+        assert out.tokens.max() < 90
+        logprobs, _ = policy(out.tokens, out.prompt_lens, out.answer_lens, 2.0)
+        assert_near(out.logprobs, logprobs)
+    if kind == "gpt_neox":
+        logprobs.sum().backward()
+        gradient = head.grad.abs().sum(1)
+        assert (gradient[90:] == 0).all() and (gradient[:90] > 0).all()
+
+
+def test_the_slow_path_has_the_same_interface_and_the_same_greedy_tokens():
+    lm = model_of("gpt2")
+    policy = sft.Policy(lm)
+    prompts = ragged((4, 11, 1))
+    slow = make_engine("hf", policy)
+    call = dict(temperature=0, eos_token_id=[7, 20])
+    want = make_engine("hybrid", policy).generate(prompts, 12, **call)
+    got = slow.generate(prompts, 12, **call)
+    for name in ("tokens", "prompt_lens", "answer_lens", "sampled"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert_near(got.logprobs, want.logprobs)
+    call = dict(temperature=0.7, seed=4, eos_token_id=list(range(6, 20)))
+    first = slow.generate(prompts, 12, **call)
+    assert len(set(first.answer_lens.tolist())) > 1
+    check_logprobs(first, lm, 0.7)
+    # Whatever the model is set to, it is the trained distribution that is sampled.
+    lm.generation_config.update(repetition_penalty=3.0, min_length=20)
+    lm.gradient_checkpointing_enable()
+    lm.train()
+    assert torch.equal(first.tokens, slow.generate(prompts, 12, **call).tokens)
+    assert lm.training and lm.generation_config.repetition_penalty == 3.0
+
+
+# -----------------------------------------------------------------------------
+# CUDA graphs
+
+
+@pytest.fixture
+def graphs_on_a_cpu(monkeypatch):
+    """HybridEngine schedules as on a GPU: steps of few sizes, eight of them between two reads of
+    the flags. The replay of a graph is the step itself."""
+    def capture(self, step):
+        return SimpleNamespace(replay=step)
+
+    monkeypatch.setattr(hybrid_engine.CUDAGraphs, "capture", capture)
+    monkeypatch.setitem(hybrid_engine.STEPS_PER_SYNC, "cpu", 8)
+
+
+def with_graphs(lm, **limits):
+    engine = HybridEngine(lm, **limits)
+    engine.use_graphs = True
+    return engine
+
+
+@pytest.mark.parametrize("kind, max_batch", [("llama", 12), ("bloom", 24)])
+def test_steps_of_few_sizes_give_every_row_the_same_tokens(kind, max_batch, graphs_on_a_cpu,
+                                                           monkeypatch):
+    lm = model_of(kind)
+    prompts = ragged([1 + i % 13 for i in range(40)])
+    call = dict(eos_token_id=[7, 8, 9], seed=3, temperature=1.3)
+    want = HybridEngine(lm).generate(prompts, 20, **call)
+    engine = with_graphs(lm, max_batch=max_batch)
+    read = []
+    waiting_at_moves = []
+    attention, move = kernels.decode_attention, hybrid_engine.KVCache.move
+    monkeypatch.setattr(kernels, "decode_attention", lambda *args: (
+        read.append(int(args[3].sum())) or attention(*args)))
+    monkeypatch.setattr(hybrid_engine.KVCache, "move", lambda *args: (
+        waiting_at_moves.append(len(engine.waiting)) or move(*args)))
+    got = engine.generate(prompts, 20, **call)
+    assert rows_of(got) == rows_of(want)
+    assert_near(got.logprobs, want.logprobs)
+    # Each answer but its first token was decoded once, and read the tokens before it.
+    pairs = zip(got.prompt_lens.tolist(), got.answer_lens.tolist())
+    keys = sum(sum(range(p + 1, p + a)) for p, a in pairs)
+    assert sum(read) == 3 * keys, "rows that have ended read no keys, in each of three layers"
+    assert waiting_at_moves, "in the end rows move, so that smaller graphs serve the rest"
+    assert not any(waiting_at_moves), "but not while a prompt is waiting"
+    assert {n for n, *_ in engine.graphs.graphs} <= {1, 8, max_batch}
+    engine.cache.slots = torch.arange(200)
+    sizes = [engine.step_size(n) for n in range(1, 201)]
+    assert sorted(set(sizes)) == [1, 8, 64, 128, 192, 200]
+    assert all(size >= n for n, size in enumerate(sizes, 1))
+
+
+def test_graphs_live_over_rollouts_until_a_tensor_that_they_use_has_moved(graphs_on_a_cpu,
+                                                                          monkeypatch):
+    lm = model_of("llama")
+    engine = with_graphs(lm)
+
+    def graphs(lengths=(3, 30, 5)):
+        prompts = ragged(lengths)
+        out = engine.generate(prompts, 40, seed=1)
+        assert rows_of(out) == rows_of(HybridEngine(lm).generate(prompts, 40, seed=1))
+        return dict(engine.graphs.graphs)
+
+    first = graphs()
+    assert len(first) == 1, "the first step of a size runs as it is, then it is captured"
+    with torch.no_grad():
+        for p in lm.parameters():
+            p -= 0.01
+    assert graphs() == first, "an optimizer step moves nothing"
+    assert graphs((3, 1)) == first, "nor does a smaller rollout"
+    monkeypatch.setattr(engine, "may_stay", lambda: True)
+    engine.release()
+    assert engine.decoder.layers is None and graphs() == first, "where the cache may stay"
+    monkeypatch.setattr(engine, "may_stay", lambda: False)
+    engine.release()
+    assert engine.cache is None and not engine.graphs.graphs
+    after_release = graphs()
+    assert after_release != first and after_release.keys() == first.keys()
+    norm = lm.model.layers[1].input_layernorm
+    norm.weight.data = norm.weight.data.clone()
+    assert graphs() != after_release
+
+
+def test_the_cache_stays_where_it_fits_beside_the_peak_of_training(monkeypatch):
+    engine = HybridEngine(model_of("llama"))
+    engine.model = SimpleNamespace(global_steps=0)  # as DeepSpeed counts them
+    peaks = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (90, 141))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 10)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: peaks[-1])
+
+    def stays(peak, steps=1):
+        """Whether the cache stays after a rollout, before which training had this peak."""
+        peaks.append(peak)
+        engine.model.global_steps += steps
+        engine.device = torch.device("cuda")
+        engine.measure_training()
+        engine.generate(ragged((3,)), 4)  # on the CPU
+        engine.device = torch.device("cuda")
+        engine.cache.bytes = 20
+        engine.release()
+        return engine.cache is not None
+
+    assert not stays(1, steps=0), "the first rollout: nothing is known of training"
+    assert not stays(50, steps=0), "behind an evaluation there was no training either"
+    assert stays(70), "70 + 20 are 90% of 100, which this process may have"
+    assert stays(90), "of this peak 20 are the cache, which has stayed"
+    assert not stays(91)
+    assert not stays(10), "the largest peak counts"
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "bloom"])  # windows and grouped keys; by head and ALiBi
+def test_the_triton_kernels_take_the_tensors_of_the_engine(kind, graphs_on_a_cpu, monkeypatch):
+    lm = model_of(kind, num_hidden_layers=2)
+    prompts = ragged((3, 9)) + ragged((3, 9))[1:]
+    want = HybridEngine(lm).generate(prompts, 3, seed=3)
+    for name in ("prefill_attention", "decode_attention", "rope_and_cache", "add_norm"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name + "_triton"))
+    monkeypatch.setitem(hybrid_engine.STEPS_PER_SYNC, "cpu", 2)
+    got = with_graphs(lm).generate(prompts, 3, seed=3)
+    assert rows_of(got) == rows_of(want)
+    assert_near(got.logprobs, want.logprobs)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("kind", some(("qwen3 lora", "opt-350m", "bloom"), KINDS))
+def test_a_decode_step_never_waits_for_the_host_nor_mixes_devices(kind, monkeypatch):
+    """On fake tensors of a GPU, which have a shape and no data: they raise an error where the host
+    would ask for a number, and where two devices meet. Kernels are replaced."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutDriver(TorchFunctionMode):
+        """Indexing of a CUDA tensor asks for a driver: here it is made of views."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.__invert__:
+                return torch.logical_not(*args)
+            if func not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+                return func(*args, **(kwargs or {}))
+            x, keys, *values = args
+            keys = keys if isinstance(keys, tuple) else (keys,)
+            if values:
+                return torch.ops.aten.index_put_(x, keys, *values)
+            if isinstance(keys[0], torch.Tensor):
+                return torch.ops.aten.index.Tensor(x, keys)
+            dim = 0
+            for key in keys:
+                if isinstance(key, slice):
+                    x = torch.ops.aten.slice.Tensor(x, dim, key.start or 0, key.stop)
+                else:
+                    x = x.unsqueeze(dim) if key is None else x.select(dim, key)
+                dim += not isinstance(key, int)
+            return x
+
+    launched = []
+    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+        def launch(*args, _name=name, **options):
+            assert all(x.is_cuda for x in args if isinstance(x, torch.Tensor)), _name
+            launched.append(_name)
+        monkeypatch.setattr(kernels, name, defaultdict(lambda launch=launch: launch))
+    monkeypatch.setattr(HybridEngine, "free_memory", lambda self: 2**30)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    lm = model_of(kind).bfloat16()
+    with FakeTensorMode(allow_non_fake_inputs=True), WithoutDriver(), torch.no_grad():
+        for module in lm.modules():  # made on the CPU, because initialisation needs a GPU
+            for tensors in (module._parameters, module._buffers):
+                for name, x in tensors.items():
+                    if x is not None:
+                        tensors[name] = torch.empty_like(x, device="cuda:0")
+        engine = HybridEngine(lm)
+        engine.sampling = (1.0, 0, 1.0)
+        engine.prepare(4, 64, None)
+        engine.decode_step(4)
+    assert launched.count("decode_kernel") == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_graph_replay_equals_eager_steps_across_an_optimizer_step(kind):
+    lm = model_of(kind).cuda()
+    prompts = ragged((3, 30, 9, 1, 200))
+    engine = HybridEngine(lm)
+    eager = HybridEngine(lm)
+    eager.use_graphs = False
+    for _ in range(2):
+        for call in (dict(temperature=0.0), dict(eos_token_id=list(range(60, 97)), top_p=0.9)):
+            got = engine.generate(prompts, 40, seed=3, **call)
+            want = eager.generate(prompts, 40, seed=3, **call)
+            assert rows_of(got) == rows_of(want)
+            assert_near(got.logprobs, want.logprobs, within=1e-3)
+        assert engine.graphs.graphs, "steps were captured"
+        with torch.no_grad():
+            for p in lm.parameters():
+                p += 0.01 * torch.randn_like(p)
+
+
+# -----------------------------------------------------------------------------
+# what the engine refuses
+
+BAD_CALLS = {
+    "a prompt has 500 tokens; with 20 new ones that is more than the model's context of 512":
+        dict(prompts=ragged((3, 500))),
+    "that is more than max_len of 32": dict(prompts=ragged((3, 20)), limits=dict(max_len=32)),
+    "one row of 32 tokens needs .* raise kv_gib": dict(limits=dict(kv_gib=1e-6)),
+    "or one is empty": dict(prompts=[[3], []]),
+    "outside the vocabulary of 97": dict(prompts=[[97]]),
+    "top_p 0.0 in": dict(top_p=0.0),
+    "model type 'falcon'.*--engine hf": dict(config=dict(model_type="falcon")),
+    "does not support activation 'mish'": dict(config=dict(hidden_act="mish")),
+    "rope scaling 'dynamic'": dict(rope_parameters=dict(
+        rope_type="dynamic", factor=2.0, rope_theta=1e4)),
+    "tp=3 does not divide one of": dict(limits=dict(tp=3)),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_what_the_engine_cannot_do_it_says_before_it_starts(message):
+    call = dict(prompts=[[3]], max_new_tokens=20, limits={}, config={}) | BAD_CALLS[message]
+    rope = {"rope_parameters": call.pop("rope_parameters")} if "rope" in message else {}
+    lm = model_of("llama", **rope)
+    for name, value in call.pop("config").items():
+        setattr(lm.config, name, value)
+    with pytest.raises(utils.UserError, match=message):
+        HybridEngine(lm, **call.pop("limits")).generate(**call)
+
+
+def test_a_model_that_has_diverged_gets_one_sentence():
+    lm = model_of("llama")
+    lm.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(utils.UserError, match="training has diverged"):
+        HybridEngine(lm).generate([[3]], 4)
+    with pytest.raises(utils.UserError, match="training has diverged"):
+        list(HybridEngine(lm).stream([3], 4))
+
+
+# -----------------------------------------------------------------------------
+# several ranks
+
+TP_KINDS = ("llama", "qwen3 lora", "gpt2 lora", "opt", "opt-350m", "bloom")
+TP_PROMPTS = (3, 30, 9, 1, 6)  # lengths; so that one of two ranks has more of them
+TP_SEEDS = [10, 11, 12, 13, 14]
+
+
+@contextlib.contextmanager
+def counted_collectives():
+    """A list of the names of all collectives of PyTorch and DeepSpeed that are called."""
+    import deepspeed
+
+    calls = []
+
+    def counted(name, function):
+        return lambda *args, **kwargs: calls.append(name) or function(*args, **kwargs)
+
+    names = ("all_reduce", "all_gather_into_tensor", "all_gather", "broadcast",
+             "reduce_scatter_tensor")
+    backend = deepspeed.comm.comm.cdb
+    gather = backend.all_gather_function  # a reference of its own
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(dist, name, counted(name, getattr(dist, name)))
+        patch.setattr(backend, "all_gather_function", counted("deepspeed", gather))
+        yield calls
+
+
+def tensor_parallel_rollouts():
+    """On two ranks, each with every other prompt."""
+    utils.init_distributed(1)
+    rank = dist.get_rank()
+    prompts = ragged(TP_PROMPTS)
+    out = {}
+    for kind in TP_KINDS:
+        engine = HybridEngine(model_of(kind), tp=2)
+        for temperature in (0.0, 1.0):
+            got = engine.generate(prompts[rank::2], 12, temperature, seed=TP_SEEDS[rank::2])
+            out[kind, temperature] = rows_of(got), got.logprobs
+            engine.release()
+    with counted_collectives() as out["collectives"]:
+        engine.generate(prompts[:1], 6, temperature=0)
+    return out
+
+
+def test_tensor_parallel_ranks_give_the_tokens_of_one_process(two):
+    prompts = ragged(TP_PROMPTS)
+    results = two(tensor_parallel_rollouts)
+    for kind, temperature in itertools.product(TP_KINDS, (0.0, 1.0)):
+        want = HybridEngine(model_of(kind)).generate(prompts, 12, temperature, seed=TP_SEEDS)
+        for rank, result in enumerate(results):
+            rows, logprobs = result[kind, temperature]
+            assert rows == rows_of(want)[rank::2], f"{kind}, tp=2, rank {rank}"
+            assert_near(logprobs, want.logprobs[rank::2])
+    for result in results:
+        forwards = 6  # a prefill, which samples the first token, and five steps
+        assert result["collectives"].count("all_reduce") == 2 * 3 * forwards + 1, (
+            "two per layer and forward, and one to plan the KV cache")
+        assert set(result["collectives"]) <= {"all_reduce", "all_gather"}, "and no others"
+
+
+def rollouts_of_shards():
+    """On two ranks: greedy tokens before and after an optimizer step, with and without LoRA."""
+    utils.init_distributed(1)
+    prompts = ragged((3, 30, 9, 1))
+    tokens, _ = data.pad(prompts)
+    lens = [torch.ones(4).long(), torch.tensor([2, 29, 8, 1])]
+    tokens = torch.nn.functional.pad(tokens, (0, 1))
+    out = {}
+    for stage, kind in itertools.product((2, 3), ("llama", "llama lora")):
+        policy = sft.Policy(model_of(kind))
+        trained = utils.train_engine(policy, 1e-2, 4, 1, sft.Config(zero=stage, dtype="fp32"))
+        engine = HybridEngine(trained)
+        for step in range(2):
+            got = engine.generate(prompts, 12, temperature=0)
+            out[stage, kind, step] = rows_of(got)
+            engine.release()
+            assert engine.decoder.layers is None, "what was gathered is given back"
+            logprobs, _ = trained(tokens, *lens)
+            trained.backward(-logprobs.sum() / 40)
+            utils.step(trained)
+    end = engine.generate(prompts[:1], 1, temperature=0).tokens[0, -1].item()
+    for n, eos in ((1, None), (40, end if dist.get_rank() == 0 else None)):
+        engine.release()
+        with counted_collectives() as out["collectives", n]:  # rank 0 ends at once, rank 1 never
+            got = engine.generate(prompts[:1], n, temperature=0, eos_token_id=eos)
+    out["uneven"] = got.answer_lens.tolist()
+    return out
+
+
+def test_zero_shards_give_the_tokens_of_one_process_and_are_gathered_once_per_rollout(two):
+    results = two(rollouts_of_shards)
+    for result, kind in itertools.product(results, ("llama", "llama lora")):
+        for step in (0, 1):
+            assert result[2, kind, step] == result[3, kind, step], f"{kind}, step {step}"
+        assert result[2, kind, 0] != result[2, kind, 1]
+        want = HybridEngine(model_of(kind)).generate(ragged((3, 30, 9, 1)), 12, temperature=0)
+        assert result[3, kind, 0] == rows_of(want)
+        assert result["collectives", 1] == result["collectives", 40] != []
+    assert [result["uneven"] for result in results] == [[1], [40]]
+
+
+# -----------------------------------------------------------------------------
+# 5. formulas and phases. Each formula has a naive second version here: plain loops over one row, a
+# list of floats without padding. A row with holes must give what the row without them gives.
+
+
+WHOLE_ROWS = [
+    [1, 1, 1, 1, 1, 1, 1],
+    [1, 0, 0, 0, 0, 0, 0],
+    [1, 1, 1, 0, 0, 0, 0],
+    [1, 1, 1, 1, 1, 1, 0],
+    [1, 1, 0, 0, 0, 0, 0],
+]
+ROWS_WITH_HOLES = [
+    [1, 1, 0, 0, 1, 1, 1],  # a tool's output between two turns
+    [1, 0, 1, 0, 1, 0, 1],
+    [0, 0, 1, 1, 0, 0, 0],  # a forced beginning
+    [1, 1, 1, 1, 0, 0, 0],
+    [0, 1, 0, 0, 0, 1, 0],  # the last token is not the policy's
+]
+both_masks = pytest.mark.parametrize("rows", [WHOLE_ROWS, ROWS_WITH_HOLES], ids=["whole", "holes"])
+
+
+def random_tensors(rows, count=4):
+    """The mask of these rows, and random tensors (B, A), which are not 0 outside of it."""
+    mask = torch.tensor(rows, dtype=torch.bool)
+    g = torch.Generator().manual_seed(0)
+    return mask, [torch.randn(mask.shape, generator=g, dtype=torch.float64) for _ in range(count)]
+
+
+def pairs_by_hand(scores, ranks):
+    """The margins of a row's pairs of answers of which one is better."""
+    margins = []
+    for a, b in itertools.combinations([k for k, rank in enumerate(ranks) if rank], 2):
+        if ranks[a] != ranks[b]:
+            better, worse = (a, b) if ranks[a] < ranks[b] else (b, a)
+            margins.append(scores[better] - scores[worse])
+    return margins
+
+
+def naive_gae(values, rewards, gamma, lam):
+    """Advantages of one row: the discounted sum of all later errors of the value."""
+    n = len(values)
+    advantages = []
+    for t in range(n):
+        total = 0.0
+        for k in range(t, n):
+            next_value = values[k + 1] if k + 1 < n else 0.0
+            error = rewards[k] + gamma * next_value - values[k]
+            total += (gamma * lam) ** (k - t) * error
+        advantages.append(total)
+    return advantages
+
+
+def test_the_loss_of_a_ranking_is_a_mean_over_its_comparisons_and_ties_are_none():
+    rows = [[1, 2, 0, 0, 0], [1, 2, 3, 4, 5], [1, 1, 2, 0, 0], [1, 2, 2, 3, 3], [1, 1, 1, 1, 2]]
+    ranks = torch.tensor(rows)
+    scores = 2 * torch.randn(ranks.shape, generator=torch.Generator().manual_seed(3))
+    margins = [pairs_by_hand(*pair) for pair in zip(scores.tolist(), rows)]
+    losses = [np.mean([math.log(1 + math.exp(-m)) for m in row]) for row in margins]
+    better, worse, weights = reward.comparisons(scores, ranks)
+    assert len(better) == 1 + 10 + 2 + 8 + 4, "a tie is no comparison"
+    loss = reward.pairwise_loss(better, worse, weights).item()
+    assert loss == pytest.approx(np.mean(losses), rel=1e-6)
+    plain = np.mean([math.log(1 + math.exp(-m)) for m in sum(margins, [])])
+    assert reward.pairwise_loss(better, worse).item() == pytest.approx(plain, rel=1e-6)
+    extreme = reward.pairwise_loss(torch.tensor([-1e4]), torch.tensor([1e4]))
+    assert extreme == 2e4, "margins of any size"
+
+
+@both_masks
+def test_gae_is_the_sum_of_discounted_errors_from_sampled_token_to_sampled_token(rows):
+    mask, (values, rewards, *_) = random_tensors(rows)
+    advantages, returns = ppo.gae(values, rewards, mask, 0.9, 0.8)
+    for a, r, v, row_rewards, m in zip(advantages, returns, values, rewards, mask):
+        expected = naive_gae(v[m].tolist(), row_rewards[m].tolist(), 0.9, 0.8)
+        assert a[m].tolist() == pytest.approx(expected, abs=1e-9)
+        assert r[m].tolist() == pytest.approx((torch.tensor(expected) + v[m]).tolist(), abs=1e-6)
+    assert not advantages[~mask].any() and not returns[~mask].any(), "nothing was sampled there"
+    more = ppo.gae(values + 3 * ~mask, rewards - 5 * ~mask, mask, 0.9, 0.8)
+    assert torch.equal(more[0], advantages) and torch.equal(more[1], returns)
+    _, returns = ppo.gae(values, rewards, mask, 1.0, 1.0)
+    to_come = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
+    torch.testing.assert_close(returns, to_come)
+
+
+@both_masks
+def test_the_clipped_score_lands_on_the_last_sampled_token_and_kl_on_sampled_tokens_only(rows):
+    mask, (logprobs, ref_logprobs, *_) = random_tensors(rows)
+    scores = torch.tensor([1.0, -9.0, 9.0, 0.0, -1.0], dtype=torch.float64)
+    args = (scores, logprobs.requires_grad_(), ref_logprobs, mask, 0.3, 5.0)
+    rewards = ppo.token_rewards(*args)
+    assert not rewards.requires_grad, "KL acts through the reward, not through its gradient"
+    for row, p, q, m, score in zip(rewards, logprobs.detach(), ref_logprobs, mask, scores.tolist()):
+        expected = [-0.3 * x for x in (p - q)[m].tolist()]
+        expected[-1] += min(max(score, -5.0), 5.0)
+        assert row[m].tolist() == pytest.approx(expected, abs=1e-9)
+    assert not rewards[~mask].any()
+
+
+@both_masks
+def test_whitening_and_means_count_sampled_tokens_only(rows):
+    mask, (x, *_) = random_tensors(rows)
+    x = x * 3 + 5
+    values = x[mask].numpy()
+    assert ppo.masked_mean(x, mask).item() == pytest.approx(values.mean())
+    whitened = ppo.whiten(x, mask)
+    assert whitened[mask].tolist() == pytest.approx((values - values.mean()) / values.std())
+    assert not whitened[~mask].any()
+    assert not ppo.whiten(x, torch.zeros_like(mask)).any(), "no token at all: no NaN"
+
+
+@both_masks
+def test_the_losses_are_their_formulas_over_sampled_tokens(rows):
+    mask, (new, old, advantages, returns) = random_tensors(rows)
+    losses = []
+    errors = []
+    columns = [x[mask].tolist() for x in (new, old, advantages, returns)]
+    for p, q, advantage, target in zip(*columns):
+        ratio = math.exp(p - q)
+        losses.append(max(-advantage * ratio, -advantage * min(max(ratio, 0.8), 1.2)))
+        clipped = q + min(max(p - q, -0.3), 0.3)
+        errors.append(0.5 * max((p - target) ** 2, (clipped - target) ** 2))
+    loss = ppo.actor_loss(new, old, advantages, mask, 0.2).item()
+    assert loss == pytest.approx(np.mean(losses))
+    assert ppo.critic_loss(new, old, returns, mask, 0.3).item() == pytest.approx(np.mean(errors))
+
+
+@both_masks
+def test_the_losses_have_no_gradient_outside_of_the_mask_and_none_where_nothing_is_to_learn(rows):
+    mask, (new, old, advantages, returns) = random_tensors(rows)
+    new = (old + 0.01 * new).requires_grad_()  # inside of the clip: every sampled token counts
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, new)[0] != 0
+
+    assert torch.equal(gradient(ppo.actor_loss(new, old, advantages, mask, 0.2)), mask)
+    assert torch.equal(gradient(ppo.critic_loss(new, old, returns, mask, 0.2)), mask)
+    assert not gradient(ppo.actor_loss(new, old, 0 * old, mask, 0.2)).any(), "equal rewards"
+
+
+def test_a_ratio_beyond_e_to_the_20_does_not_overflow():
+    logprobs = torch.tensor([[0.0, -300.0]], requires_grad=True)
+    old_logprobs = torch.tensor([[-300.0, 0.0]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    loss = ppo.actor_loss(logprobs, old_logprobs, -torch.ones(1, 2), mask, 0.2)
+    assert loss.item() == pytest.approx((math.exp(20) + 0.8) / 2, rel=1e-5)
+    loss.backward()
+    assert logprobs.grad.isfinite().all()
+
+
+# ---- the phases, one by one
+
+
+def scorer_of(name, weight=1.0, **more):
+    return ppo.Scorer(name, name, weight, **more)
+
+
+class Table:
+    """An engine whose model has these log-probabilities, one tensor (B, A) after another."""
+
+    def __init__(self, tables):
+        self.tables = tables
+
+    def __call__(self, tokens, prompt_lens, answer_lens, temperature):
+        logprobs = self.tables.pop(0)[: len(tokens)].clone().requires_grad_()
+        return logprobs, -logprobs
+
+    def backward(self, loss):
+        loss.backward()
+
+
+@pytest.mark.parametrize("moved, norms, steps", [
+    ([0.05, 0.09, 0.11, 0.0], [1.0, None, 2.0, 1.0], 3), ([0.09] * 4, [1.0] * 4, 4)])
+def test_epochs_end_once_the_policy_has_moved_a_tenth_of_a_nat_and_ema_takes_real_steps_only(
+        moved, norms, steps, monkeypatch):
+    utils.init_distributed(0)
+    ones = torch.ones(5, 7)
+    mask = torch.tensor(WHOLE_ROWS, dtype=torch.bool)
+    lengths = torch.full((5,), 7)
+    batch = ppo.Batch(torch.zeros(5, 9).long(), lengths - 5, lengths, mask, mask[:, 0], 0 * ones,
+                      old_logprobs=-ones, advantages=ones)
+    # The change x of a log-probability of which exp(x) - 1 - x is this large.
+    changes = [next(x for x in np.arange(0, 1, 1e-5) if math.exp(x) - 1 - x >= kl) for kl in moved]
+    actor = Table([x - ones for x in changes])
+    updates = []
+    left = list(norms)
+    monkeypatch.setattr(utils, "step", lambda *engines: [left.pop(0)])
+    ema = SimpleNamespace(update=lambda: updates.append(1))
+    metrics = ppo.update(batch, [np.arange(5)] * 4, actor, None, ema, None, ppo.Config(), 5, 1)
+    assert 4 - len(actor.tables) == steps
+    assert metrics["approx_kl"] == pytest.approx(np.mean(moved[:steps]), abs=1e-4)
+    assert metrics["actor_grad_norm"] == norms[steps - 1], "of the last step"
+    assert metrics["ratio_max"] == pytest.approx(math.exp(max(changes)), rel=1e-5)
+    assert metrics["engine_gap_max"] == metrics["engine_gap_mean"] == pytest.approx(1)
+    assert len(updates) == steps - norms[:steps].count(None)
+
+
+def test_a_rollout_says_what_was_sampled_and_its_texts_hold_all_tokens_but_the_end(tok):
+    utils.init_distributed(0)
+    end, pad = tok.eos_token_id, tok.pad_token_id  # <pad>: a special token that a policy may say
+    prompts = [tok(text)["input_ids"] for text in ("a", "bc<pad>", "d")]
+    rows = data.Rows()
+    for i, prompt in enumerate(prompts):
+        rows.add(prompt, [], [], {"target": 10 * i}, 0)
+    answers = [[33, 34, pad, end], [35], [97]]
+    said = []
+
+    def generate(own, *arguments, **more):
+        assert own == [prompts[i] for i in (1, 0, 2)]
+        said.extend([*arguments, *more.values()])
+        both = [np.array(prompts[i] + answers[i]) for i in (1, 0, 2)]
+        lens = torch.tensor([1, 4, 1])
+        tokens, lengths = data.pad(both)
+        sampled = torch.arange(4) < lens[:, None]
+        return hybrid_engine.Rollout(tokens, lengths - lens, lens, -1.0 * sampled, sampled)
+
+    sampler = SimpleNamespace(generate=generate, release=lambda: said.append("released"))
+    cfg = ppo.Config(max_new_tokens=4, temperature=0.7)
+    batch = ppo.rollout(sampler, rows, np.array([1, 0, 2]), [5, 6, 7], cfg, tok, [end, 97])
+    assert said == [4, 0.7, [end, 97], [5, 6, 7], "released"], "its memory is needed for training"
+    assert batch.mask.sum(1).tolist() == batch.answer_lens.tolist() == [1, 4, 1]
+    assert batch.finished.tolist() == [False, True, True], "either of the two ids ends an answer"
+    assert batch.columns == {
+        "prompts": ["bc<pad>", "a", "d"], "completions": ["D", "BC<pad>", ""],
+        "completion_ids": [answers[i] for i in (1, 0, 2)], "target": [10, 0, 20]}
+
+
+def test_a_reward_function_gets_by_name_what_its_signature_names():
+    columns = {"prompts": ["p", "q"], "completions": ["", "xy"], "completion_ids": [[1], [2]],
+               "answer": [["a"], ["b"]]}
+
+    def two_names(completions, answer):
+        answer[0].append("changed")
+        return [len(c) for c in completions]
+
+    async def all_of_them(prompts, **fields):
+        assert set(fields) == set(columns) - {"prompts"}
+        return iter([None, 2.5])
+
+    assert ppo.call_function(two_names, columns) == [0, 2]
+    assert columns["answer"] == [["a"], ["b"]], "it gets a copy"
+    first, second = ppo.call_function(all_of_them, columns)
+    assert math.isnan(first) and second == 2.5
+    for wrong in (lambda prompts: [1.0], lambda: [1.0] * 3):
+        with pytest.raises(utils.UserError, match=r"<lambda>: \d scores, 2 answers"):
+            ppo.call_function(wrong, columns)
+    with pytest.raises(TypeError, match="target"):
+        ppo.call_function(lambda target: [0, 0], columns)
+
+
+def model_with(**config):
+    """What normalize reads of a model: its config."""
+    return SimpleNamespace(lm=SimpleNamespace(config=SimpleNamespace(**config)))
+
+
+def test_rewards_without_a_scale_get_that_of_the_first_evaluation_and_so_does_a_foreign_critic():
+    ours = model_with(score_scale=2.0, score_offset=1.0)
+    foreign, critic = model_with(), model_with(score_offset=7.0)
+    scorers = [scorer_of("ours", model=ours), scorer_of("foreign", 0.5, model=foreign),
+               scorer_of("rule", -1.0, function=len), scorer_of("logged", 0.0, function=len),
+               scorer_of("one", 1.0, function=len), scorer_of("silent", 1.0, function=len)]
+    before = {}
+    statistics = dict(ours=(3, 3), foreign=(-30, 8), rule=(0.5, 0.1), logged=(2, 4), one=(1, 1e-8),
+                      critic=(-30, 8))
+    for name, (mean, std) in statistics.items():
+        before |= {f"eval_{name}": mean, f"eval_{name}_std": std}
+    ppo.normalize(scorers, critic, before)
+    assert [(s.mean, s.std) for s in scorers] == [
+        (0, 1), (-30, 8), (0.5, 0.1), (0, 1), (1, 1), (0, 1)]
+    assert critic.lm.config.score_offset == -23, "logit - offset is a score: (score + 30) / 8"
+    assert critic.lm.config.score_scale == 1 / 8
+    ppo.normalize(scorers[:1], ours, before)
+    assert (ours.lm.config.score_offset, ours.lm.config.score_scale) == (1, 2)
+
+
+@pytest.mark.parametrize("mean, std, equal", [
+    (0.0, 0.0, True), (-30.0, 3e-6, True), (1 / 3, 1e-8, True), (0.1, math.nan, True),
+    (1e-17, 5e-17, True), (-30.0, 0.01, False), (0.0, 1e-3, False), (1e-4, 1e-4, False)])
+def test_scores_that_are_equal_but_for_rounding_teach_nothing(mean, std, equal):
+    before = {"eval_rule": mean, "eval_rule_std": std}
+    rule = scorer_of("rule", function=len)
+    with pytest.raises(utils.UserError, match="same score") if equal else contextlib.nullcontext():
+        ppo.normalize([rule], None, before)
+        assert rule.std == std
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_micro_batches_hold_every_row_once_the_longest_first_and_as_many_on_each_rank(
+        world, monkeypatch):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 100, 40)
+    rows = rng.permutation(40)[:24]
+    ranks = []
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        ranks.append(utils.split_micro_batches(rows, lengths, 5))
+        own = np.concatenate(ranks[-1])
+        assert (np.diff(lengths[own]) <= 0).all(), "longest first: if memory is short, at once"
+        assert all(len(part) == 5 for part in ranks[-1][:-1])
+    assert sorted(np.concatenate(sum(ranks, []))) == sorted(rows)
+    assert len({len(parts) for parts in ranks}) == 1, "every rank makes the same forwards"
+    loads = [lengths[np.concatenate(parts)].sum() for parts in ranks]
+    assert max(loads) - min(loads) < lengths.max(), "and has about as many tokens"
+    share = 24 // world
+    assert utils.micro_batch_size(24, 0) == utils.micro_batch_size(24, 99) == (share, 1)
+    assert utils.micro_batch_size(24, 5) == (5, math.ceil(share / 5))
+
+
+def test_the_learning_rate_warms_up_over_3_percent_of_the_steps_and_falls_to_a_tenth():
+    schedule = [utils.cosine_schedule(step, 200) for step in range(200)]
+    assert schedule[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    for step in range(6, 200):
+        angle = math.pi * (step - 6) / 194
+        assert schedule[step] == pytest.approx(0.1 + 0.9 * (1 + math.cos(angle)) / 2)
+    assert utils.cosine_schedule(0, 1) == 1, "a single step is a whole one"
+
+
+# -----------------------------------------------------------------------------
+# 6. the three scripts a second time: float64, row by row, no padding, no micro batches, nothing
+# of ours but the order of the rows. Written from the papers.
+
+
+def lm_of(folder):
+    """A causal LM in float64, read with transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).double().eval()
+
+
+class ExactRewardModel:
+    """A folder of reward.py, read with transformers alone."""
+
+    def __init__(self, folder):
+        from transformers import AutoModelForSequenceClassification
+
+        self.model = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()
+        self.offset = self.model.config.score_offset
+        self.scale = self.model.config.score_scale
+
+    def __call__(self, tokens):
+        """The value of each prefix of a row."""
+        hidden = self.model.model(torch.tensor([tokens])).last_hidden_state[0]
+        return (self.model.score(hidden)[:, 0] - self.offset) * self.scale
+
+
+def exact_logprobs(lm, prompt, answer, temperature=1.0):
+    """Log-probability of each answer token, and the entropy where it was chosen."""
+    logits = lm(torch.tensor([[*prompt, *answer]])).logits[0] / temperature
+    logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(1, torch.tensor(np.array(answer, int))[:, None])[:, 0], entropy
+
+
+class Adam:
+    """Kingma and Ba 2015, algorithm 1, on a gradient that is clipped to norm 1."""
+
+    def __init__(self, model, eps):
+        self.params = list(model.parameters())
+        self.m = [torch.zeros_like(p) for p in self.params]
+        self.v = [torch.zeros_like(p) for p in self.params]
+        self.eps = eps
+        self.t = 0
+
+    def step(self, loss, lr, beta1=0.9, beta2=0.99):
+        """Returns the norm of the gradient before it is clipped."""
+        gradients = torch.autograd.grad(loss, self.params)
+        norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+        self.t += 1
+        with torch.no_grad():
+            for p, m, v, g in zip(self.params, self.m, self.v, gradients):
+                g = g * min(1.0, 1.0 / norm)
+                m.mul_(beta1).add_(g * (1 - beta1))
+                v.mul_(beta2).add_(g**2 * (1 - beta2))
+                m_hat = m / (1 - beta1**self.t)
+                v_hat = v / (1 - beta2**self.t)
+                p -= lr * m_hat / (v_hat.sqrt() + self.eps)
+        return norm
+
+
+def exact_schedule(step, total):
+    """Of sft.py and reward.py, where a run is shorter than 34 steps: one step of warm-up."""
+    if step == 0:
+        return 1.0
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 1) / (total - 1)))
+
+
+def distance(model, other, start):
+    """How far apart two models' weights are, as a share of the way from where they started."""
+    apart = moved = 0.0
+    for p, q, s in zip(model.parameters(), other.parameters(), start.parameters()):
+        apart += (p.double() - q.double()).square().sum().item()
+        moved += (q.double() - s.double()).square().sum().item()
+    assert moved > 0
+    return math.sqrt(apart / moved)
+
+
+def rows_of_step(source, step, tok, max_len=64):
+    """The rows of a step: (train, held out)."""
+    return data.load(source, step, "", 0.2, tok, [tok.eos_token_id], max_len)
+
+
+def steps_of(rows, batch_size):
+    """Indices of the rows of each step, without end."""
+    for _, indices in data.steps(rows, rows.lengths(), batch_size, 1):
+        yield indices
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The models that DeepSpeed is given to train, and copies of them as they were then."""
+    pairs = []
+    real = utils.train_engine
+
+    def train_engine(model, *arguments):
+        pairs.append((model, copy.deepcopy(model)))
+        return real(model, *arguments)
+
+    monkeypatch.setattr(utils, "train_engine", train_engine)
+    return pairs
+
+
+def test_sft_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_path):
+    start = chain["sft"][0]
+    metrics = train(sft, tmp_path / "sft", **COMMON, model=start, data=toy_file, epochs=0.22,
+                    micro_batch=3, lr=1e-3)
+    lm = lm_of(start)
+    adam = Adam(lm, 1e-8)
+    rows, held_out = rows_of_step(toy_file, "sft", tok)
+
+    def loss_of(rows, indices):  # over all answer tokens
+        logprobs = [exact_logprobs(lm, rows.prompts[i], rows.answers[i][0])[0] for i in indices]
+        return -torch.cat(logprobs).mean()
+
+    for step, (row, indices) in enumerate(zip(metrics, steps_of(rows, 8))):
+        loss = loss_of(rows, indices)
+        lr = 1e-3 * exact_schedule(step, len(metrics))
+        norm = adam.step(loss, lr)
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        assert row["lr"] == pytest.approx(lr)
+    assert len(metrics) == 5
+    assert distance(lm_of(tmp_path / "sft"), lm, lm_of(start)) < 5e-4
+    with torch.no_grad():
+        loss = loss_of(held_out, range(len(held_out))).item()
+    assert metrics[-1]["held_out_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def ranked_rows():
+    """Rows of 2 to 5 ranked answers with ties, and pairs; each prompt is there once."""
+    for i, row in enumerate(itertools.islice(data.toy(), 160)):
+        right, wrong = row["chosen"], row["rejected"]
+        answers = [wrong, right, right + "ab", "b" + right, wrong + "c"][: 2 + i % 4]
+        new = {"prompt": f"{row['prompt']} {i}", "answers": answers}
+        if i % 8 == 0:
+            new = {"prompt": new["prompt"], "chosen": right, "rejected": wrong}
+        elif i % 2:
+            new["ranks"] = [3, 1, 2, 2, 4][: len(answers)]
+        else:
+            new["scores"] = [0, 2.5, 1, 1, -1][: len(answers)]
+        yield new
+
+
+def exact_ranking(model, tok, row):
+    """Scores of the answers of a row of a file, and their ranks; the best answer is first."""
+    answers, ranks = [row.get("chosen"), row.get("rejected")], [1, 2]
+    if "answers" in row:
+        answers, ranks = row["answers"], row.get("ranks") or [-score for score in row["scores"]]
+    scores = []
+    for answer in answers:
+        text = f"Human: {row['prompt']}\nAssistant:" + (" " + answer if answer else "")
+        scores.append(model(tok(text)["input_ids"] + [tok.eos_token_id])[-1])
+    order = sorted(range(len(answers)), key=lambda k: ranks[k])
+    return torch.stack([scores[k] for k in order]), [ranks[k] + 10 for k in order]
+
+
+def test_reward_takes_the_steps_of_a_second_version(chain, tok, tmp_path, started):
+    """With 8 rows of a step in micro batches of 3, 3 and 2, so that a wrong weight shows."""
+    raw = list(ranked_rows())
+    path = write_rows(tmp_path / "rankings.jsonl", raw)
+    metrics = train(reward, tmp_path / "reward", **COMMON, model=chain["sft"][0], data=path,
+                    epochs=0.3, micro_batch=3, lr=1e-3)
+    [(trained, start)] = started
+    start.lm.config.update({"score_offset": 0.0, "score_scale": 1.0})
+    start.lm.save_pretrained(tmp_path / "start")  # the SFT model's backbone, a random head
+    model = ExactRewardModel(tmp_path / "start")
+    adam = Adam(model.model, 1e-8)
+    rows, held_out = rows_of_step(path, "reward", tok)
+    by_prompt = {f"Human: {row['prompt']}\nAssistant:": row for row in raw}
+
+    def ranked(rows, i):
+        return exact_ranking(model, tok, by_prompt[tok.decode(rows.prompts[i])])
+
+    for step, (row, indices) in enumerate(zip(metrics, steps_of(rows, 8))):
+        margins = []
+        levels = []
+        for i in indices:
+            scores, ranks = ranked(rows, i)
+            margins.append(torch.stack(pairs_by_hand(scores, ranks)))
+            levels.append(2 * scores.mean())
+        loss = torch.stack([torch.log1p((-m).exp()).mean() for m in margins]).mean()
+        centering = 0.003 * torch.stack(levels).square().mean()  # Eisenstein et al. 2023
+        lr = 1e-3 * exact_schedule(step, len(metrics))
+        norm = adam.step(loss + centering, lr)
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        margin = np.mean([m.mean().item() for m in margins])
+        assert row["margin"] == pytest.approx(margin, rel=1e-3, abs=1e-5)
+        accuracy = np.mean([(m > 0).double().mean() for m in margins])
+        assert row["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert row["lr"] == pytest.approx(lr)
+    assert len(metrics) == 4
+    assert distance(trained.lm, model.model, start.lm) < 1e-3
+
+    with torch.no_grad():
+        held = [pairs_by_hand(*ranked(held_out, i)) for i in range(len(held_out))]
+        known = [ranked(rows, i)[0] for i in range(len(rows))]
+    accuracy = np.mean([np.mean([margin > 0 for margin in row]) for row in held])
+    assert metrics[-1]["held_out_accuracy"] == pytest.approx(accuracy, abs=1e-5)
+    losses = [np.mean([math.log1p(math.exp(-margin)) for margin in row]) for row in held]
+    assert metrics[-1]["held_out_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    saved = ExactRewardModel(tmp_path / "reward")
+    best = np.mean([scores[0].item() for scores in known])
+    assert saved.offset == pytest.approx(best, abs=1e-4), "the best answer, the first of equals"
+    assert saved.scale == pytest.approx(1 / torch.cat(known).std(unbiased=False).item(), rel=1e-3)
+
+
+# What the second version of PPO and ppo.py are given.
+EXACT = dict(
+    batch_size=16, minibatches=2, ppo_epochs=2, micro_batch=3, iterations=2, max_new_tokens=8,
+    temperature=0.8, actor_lr=1e-3, critic_lr=5e-4, kl_coef=0.2, ema=0.7, ptx_coef=0.5, seed=1)
+RULES = """
+def letters(completions):  # it abstains on long answers
+    return [len(c) if len(c) < 8 else None for c in completions]
+
+def a(prompts):
+    return [prompt.count("a") for prompt in prompts]
+"""
+
+
+class ExactPPO:
+    """PPO on given answers. A row is prompt ids, answer ids, and a mask (a,) of the answer's tokens
+    that the policy sampled; all numbers below are of sampled tokens."""
+
+    def __init__(self, sft_folder, reward_folder, tok):
+        self.actor = lm_of(sft_folder)
+        self.ref = lm_of(sft_folder)
+        self.ema = lm_of(sft_folder)
+        self.critic = ExactRewardModel(reward_folder)
+        self.reward_model = ExactRewardModel(reward_folder)
+        self.actor_adam = Adam(self.actor, 1e-5)
+        self.critic_adam = Adam(self.critic.model, 1e-5)
+        self.tok = tok
+
+    def logprobs(self, lm, prompt, answer, mask):
+        logprobs, entropy = exact_logprobs(lm, prompt, answer, EXACT["temperature"])
+        return logprobs[mask], entropy[mask]
+
+    def values(self, prompt, answer, mask):
+        """The critic's, of the state before each token."""
+        return self.critic(prompt + answer)[len(prompt) - 1 : -1][mask]
+
+    def letters(self, answer):
+        """The second reward: None or the number of letters, of all tokens but the last end."""
+        ended = answer[-1] == self.tok.eos_token_id
+        count = len(self.tok.decode(answer[:-1] if ended else answer))
+        return count if count < 8 else None
+
+    def first_evaluation(self, rows):
+        letters = [self.letters(answer) for _, answer, _ in rows]
+        judged = [n for n in letters if n is not None]
+        assert 5 < len(judged) < len(letters)
+        self.mean, self.std = np.mean(judged), np.std(judged, ddof=1)
+
+    @torch.no_grad()
+    def judge(self, rows):
+        """What each token was worth. Keeps a list for every quantity, an entry per row, and
+        returns what is logged."""
+        self.old_logprobs = []
+        self.old_values = []
+        self.advantages = []
+        scores = []
+        kls = []
+        for prompt, answer, mask in rows:
+            logprobs, _ = self.logprobs(self.actor, prompt, answer, mask)
+            ref_logprobs, _ = self.logprobs(self.ref, prompt, answer, mask)
+            values = self.values(prompt, answer, mask)
+            score = self.reward_model(prompt + answer)[-1].item()
+            letters = self.letters(answer)
+            scores.append(score + 0.3 * (letters or 0))
+            if letters is not None:
+                score += 0.3 * (letters - self.mean) / self.std
+            log_ratio = logprobs - ref_logprobs
+            rewards = (-EXACT["kl_coef"] * log_ratio).tolist()
+            penalty = 0.0 if answer[-1] == self.tok.eos_token_id else 1.0
+            rewards[-1] += min(max(score - penalty, -5.0), 5.0)
+            advantages = naive_gae(values.tolist(), rewards, gamma=1.0, lam=0.95)
+            self.old_logprobs.append(logprobs)
+            self.old_values.append(values)
+            self.advantages.append(torch.tensor(advantages, dtype=torch.float64))
+            kls.append(log_ratio.sum().item())
+        self.returns = [a + v for a, v in zip(self.advantages, self.old_values)]
+        raw = torch.cat(self.advantages)
+        std = raw.std(unbiased=False)
+        self.advantages = [(a - raw.mean()) / std for a in self.advantages]
+        returns = torch.cat(self.returns)
+        errors = torch.cat(self.old_values) - returns
+        return {
+            "score": np.mean(scores),
+            "score_std": np.std(scores, ddof=1),
+            "score_a": np.mean([self.tok.decode(prompt).count("a") for prompt, _, _ in rows]),
+            "kl": np.mean(kls),
+            "advantage_mean": raw.mean().item(),
+            "advantage_std": raw.std().item(),
+            "explained_variance": 1 - (errors.var() / returns.var()).item(),
+        }
+
+    def token_losses(self, i, prompt, answer, mask):
+        """Of row i: the losses of its tokens, and what is logged of them."""
+        logprobs, entropy = self.logprobs(self.actor, prompt, answer, mask)
+        ratio = (logprobs - self.old_logprobs[i]).exp()
+        advantages = self.advantages[i]
+        gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        values = self.values(prompt, answer, mask)
+        change = values - self.old_values[i]
+        clipped = self.old_values[i] + change.clamp(-0.2, 0.2)
+        errors = [(v - self.returns[i]).square() for v in (values, clipped)]
+        return {
+            "actor_loss": -gain,
+            "critic_loss": torch.maximum(*errors) / 2,
+            "entropy": entropy,
+            "ratio_mean": ratio,
+            "approx_kl": ratio - 1 - ratio.log(),
+            "clip_frac": ((ratio - 1).abs() > 0.2).double(),
+            "value_clip_frac": (change.abs() > 0.2).double(),
+        }
+
+    def step(self, rows, indices, texts, lr_scale):
+        """One optimizer step of actor and critic; texts: the mixture's rows. Returns the losses and
+        what is logged of all its tokens, and the norms of the gradients."""
+        parts = [self.token_losses(i, *rows[i]) for i in indices]
+        tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        text_logprobs = torch.cat([exact_logprobs(self.actor, *text)[0] for text in texts])
+        actor_loss = tokens["actor_loss"].mean() - EXACT["ptx_coef"] * text_logprobs.mean()
+        actor_norm = self.actor_adam.step(actor_loss, EXACT["actor_lr"] * lr_scale)
+        critic_loss = tokens["critic_loss"].mean()
+        critic_norm = self.critic_adam.step(critic_loss, EXACT["critic_lr"] * lr_scale)
+        with torch.no_grad():
+            for average, p in zip(self.ema.parameters(), self.actor.parameters()):
+                average.mul_(EXACT["ema"]).add_(p * (1 - EXACT["ema"]))
+        return tokens, (actor_norm, critic_norm)
+
+    def iteration(self, number, rows, texts):
+        """Returns its metrics. texts: a generator of the mixture's rows for each step."""
+        lr_scale = 1 - (number - 1) / EXACT["iterations"]
+        metrics = self.judge(rows)
+        steps = []
+        for epoch in range(EXACT["ppo_epochs"]):
+            order = np.arange(len(rows))
+            if epoch > 0:
+                order = np.random.default_rng([1, number, epoch]).permutation(len(rows))
+            for indices in np.split(order, EXACT["minibatches"]):
+                tokens, norms = self.step(rows, indices, next(texts), lr_scale)
+                steps.append(tokens)
+        for name in steps[0]:
+            metrics[name] = torch.cat([tokens[name] for tokens in steps]).mean().item()
+        metrics["ratio_max"] = max(tokens["ratio_mean"].max().item() for tokens in steps)
+        metrics["actor_grad_norm"], metrics["critic_grad_norm"] = norms  # of the last step
+        metrics["actor_lr"] = EXACT["actor_lr"] * lr_scale
+        return metrics
+
+
+def token_rows(batch):
+    """A Batch's rows as (prompt ids, answer ids, mask)."""
+    rows = []
+    spans = zip(batch.tokens.tolist(), batch.prompt_lens.tolist(), batch.answer_lens.tolist())
+    for (tokens, p, a), mask in zip(spans, batch.mask):
+        rows.append((tokens[:p], tokens[p : p + a], mask[:a]))
+    return rows
+
+
+def texts_of_many_lengths():
+    """60 rows of plain text, from 4 to 50 characters."""
+    line = "the line of a text that goes on for a while, or not"
+    return [{"text": f"{i} {line[: 2 + i * 7 % 47]}"} for i in range(60)]
+
+
+def record_rollouts(monkeypatch, change=lambda batch: None):
+    """A list that ppo.rollout will fill: (seeds, Batch) of each call."""
+    calls = []
+    real = ppo.rollout
+
+    def rollout(sampler, rows, indices, seeds, *arguments):
+        calls.append((list(seeds), real(sampler, rows, indices, seeds, *arguments)))
+        change(calls[-1][1])
+        return calls[-1][1]
+
+    monkeypatch.setattr(ppo, "rollout", rollout)
+    return calls
+
+
+def test_ppo_takes_the_steps_of_a_second_version(
+        chain, toy_file, tok, tmp_path, started, monkeypatch):
+    """Two iterations of two epochs of two minibatches, each in micro batches of 3, 3 and 2, with a
+    reward model, a function that abstains, one that is only logged, a mixture and an EMA. In the
+    last rollout the second, fifth, ... token of each answer is not the policy's."""
+    rollouts = []
+
+    def punch_holes(batch):
+        if len(batch.tokens) == EXACT["batch_size"]:  # and not an evaluation
+            rollouts.append(batch)
+            if len(rollouts) == EXACT["iterations"]:
+                batch.mask &= torch.arange(batch.mask.size(1)) % 3 != 1
+
+    calls = record_rollouts(monkeypatch, punch_holes)
+    monkeypatch.setattr(ppo, "STOP_KL", 1e9)
+    rules = tmp_path / "rules.py"
+    rules.write_text(RULES)
+    sft_folder, reward_folder = chain["sft"][0], chain["reward"][0]
+    text = write_rows(tmp_path / "text.jsonl", texts_of_many_lengths())
+    metrics = train(
+        ppo, tmp_path / "ppo", **EXACT, held_out=0.2, max_len=64, data=toy_file, model=sft_folder,
+        ptx_data=text, reward=f"{reward_folder},{rules}:letters:0.3,{rules}:a:0")
+    (actor, actor_start), (critic, critic_start) = started
+    assert len(rollouts) == EXACT["iterations"]
+
+    second = ExactPPO(sft_folder, reward_folder, tok)
+    second.first_evaluation(token_rows(calls[0][1]))
+    rows, _ = rows_of_step(text, "sft", tok)
+    texts = ([(rows.prompts[i], rows.answers[i][0]) for i in indices]
+             for indices in steps_of(rows, EXACT["batch_size"] // EXACT["minibatches"]))
+    for number, batch in enumerate(rollouts, 1):
+        expected = second.iteration(number, token_rows(batch), texts)
+        for name, value in expected.items():
+            assert metrics[number][name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
+        assert expected["clip_frac"] > 0.02, "the clip has something to do"
+        assert expected["value_clip_frac"] > 0.02
+    assert distance(actor.lm, second.actor, actor_start.lm) < 1e-4
+    assert distance(critic.lm, second.critic.model, critic_start.lm) < 1e-4
+    assert distance(lm_of(tmp_path / "ppo"), second.actor, actor_start.lm) < 1e-4
+    assert distance(lm_of(tmp_path / "ppo" / "ema"), second.ema, actor_start.lm) < 1e-4
+
+
+# -----------------------------------------------------------------------------
+# 7. the three steps, run
+
+COLUMNS = set("""score score_std score_clipped unjudged kl length eos_rate entropy actor_loss
+critic_loss approx_kl clip_frac value_clip_frac ratio_mean ratio_max advantage_mean advantage_std
+explained_variance engine_gap_mean engine_gap_max actor_grad_norm critic_grad_norm actor_lr skipped
+rollout_s score_s update_s seconds tokens_per_s memory_gib score_reward""".split())
+EVALUATED = {"eval_score", "eval_score_se", "eval_kl", "eval_reward", "eval_reward_std"}
+RULES_OF_RUNS = """
+def length(completions):
+    return [len(c) for c in completions]
+
+def short(completions, **fields):
+    return [-len(c) for c in completions]
+
+def near(completions, target, **fields):
+    assert "prompts" in fields
+    return [-abs(len(c) - t) for c, t in zip(completions, target)]
+
+def picky(prompts, completions):
+    return [len(c) if "sort" in p else None for p, c in zip(prompts, completions)]
+
+def constant(completions):
+    return [0.1] * len(completions)
+
+def silent(completions):
+    return [None] * len(completions)
+"""
+
+
+@pytest.fixture
+def rules(tmp_path):
+    (tmp_path / "rules.py").write_text(RULES_OF_RUNS)
+    return str(tmp_path / "rules.py")
+
+
+@pytest.fixture
+def flags(chain, toy_file):
+    """PPO from the models of `chain`: one iteration of one step of 16 answers, without EMA."""
+    return dict(COMMON, model=chain["sft"][0], reward=chain["reward"][0], data=toy_file,
+                batch_size=16, iterations=1, minibatches=1, max_new_tokens=8, ema=0.0)
+
+
+def copy_of(folder, to, **changes):
+    """A model folder again, with other entries in its config; None takes one out."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text()) | changes
+    config = {name: value for name, value in config.items() if value is not None}
+    (to / "config.json").write_text(json.dumps(config))
+    return str(to)
+
+
+def as_foreign(folder, to):
+    """A reward model as others publish them: raw logits around -30, and no record of a run."""
+    from safetensors.torch import load_file, save_file
+
+    copy_of(folder, to, score_offset=None, score_scale=None)
+    (to / "run.json").unlink()
+    state = load_file(to / "model.safetensors")
+    state["score.weight"] *= 8
+    save_file(state, to / "model.safetensors", {"format": "pt"})
+    return str(to)
+
+
+def test_every_step_logs_finite_numbers_and_what_its_reader_needs(chain):
+    assert {"loss", "grad_norm", "lr", "held_out_loss"} <= set(chain["sft"][1][-1])
+    needed = {"loss", "accuracy", "margin", "grad_norm", "lr", "held_out_accuracy"}
+    assert needed <= set(chain["reward"][1][-1])
+    folder, metrics = chain["ppo"]
+    assert EVALUATED <= set(metrics[0])
+    assert len(metrics) == 4, "the evaluation before training, and three iterations"
+    for row in metrics[1:]:
+        assert COLUMNS <= set(row), COLUMNS - set(row)
+    assert EVALUATED | {name.replace("eval", "eval_ema") for name in EVALUATED} <= set(metrics[3])
+    first = metrics[1]
+    assert abs(first["kl"]) < 1e-3, "before the first update actor and reference are one"
+    assert first["engine_gap_max"] < 1e-4, "and so are sampler and trainer"
+    samples = read_lines(f"{folder}/samples.jsonl")
+    assert len(samples) == 3 * 8
+    own = [sample for sample in samples if sample["step"] == 3]
+    for name, column in (("score", "score"), ("kl", "kl"), ("eos_rate", "eos"),
+                         ("length", "tokens"), ("score_reward", "reward")):
+        assert metrics[3][name] == pytest.approx(np.mean([s[column] for s in own]), abs=1e-3), name
+
+
+def test_tokens_jsonl_has_the_numbers_of_each_token_and_the_critic_starts_as_the_reward_model(
+        chain, tok):
+    lists = {"response_tokens", "mask", "logprobs", "ref_logprobs", "values", "token_rewards",
+             "advantages", "returns"}
+    critic = reward.RewardModel.from_pretrained(chain["reward"][0], torch.float32)
+    rows = read_lines(f"{chain['ppo'][0]}/tokens.jsonl")
+    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4
+    for row in rows:
+        assert set(row) == lists | {"step", "prompt", "reward"}
+        assert {len(row[name]) for name in lists} == {len(row["response_tokens"])}
+        kl = 0.05 * (np.array(row["logprobs"]) - row["ref_logprobs"])
+        assert row["token_rewards"][:-1] == pytest.approx(-kl[:-1], abs=1e-5)
+        if row["step"] == 1:  # the state before the first token
+            value = critic(torch.tensor([tok(row["prompt"])["input_ids"]]))[0, -1].item()
+            assert row["values"][0] == pytest.approx(value, rel=1e-4)
+
+
+def test_what_is_rewarded_becomes_likelier_and_what_was_chosen_scores_higher(
+        flags, rules, tmp_path, capsys):
+    more = dict(batch_size=32, iterations=10, minibatches=2, actor_lr=3e-3)
+    metrics = train(ppo, tmp_path / "ppo", **flags | more | dict(reward=f"{rules}:short:0.5"))
+    assert metrics[-1]["score"] > metrics[1]["score"] + 0.5
+    assert metrics[-1]["length"] < metrics[1]["length"]
+    assert metrics[0]["eval_short"] == pytest.approx(2 * metrics[0]["eval_score"]), "raw"
+    printed = capsys.readouterr().out
+    assert f"python chat.py --model {tmp_path / 'ppo'}" in printed.splitlines()[-1]
+    assert ("did not end within --max-new-tokens" in printed) == (metrics[-1]["eos_rate"] < 0.5)
+
+    rows = [{"prompt": f"number {i}", "answers": ["best", "good", "fair"], "scores": [3, 2, 1]}
+            for i in range(100)]
+    path = write_rows(tmp_path / "rankings.jsonl", rows)
+    metrics = train(reward, tmp_path / "rm", **COMMON, model=flags["model"], data=path, epochs=4,
+                    lr=1e-3)
+    assert metrics[-1]["held_out_accuracy"] > 0.95 > metrics[0]["accuracy"]
+
+
+def test_a_reward_of_weight_0_is_logged_as_it_is_and_trains_nothing(flags, tmp_path):
+    assert ppo.Config().reward == "out/reward,data.py:toy_correct:0"
+    weights = {}
+    for name, more in (("without", ""), ("gold", ",data.py:toy_correct:0")):
+        out = tmp_path / name
+        metrics = train(ppo, out, **flags | dict(reward=flags["reward"] + more))
+        weights[name] = (out / "model.safetensors").read_bytes()
+    assert weights["gold"] == weights["without"]
+    samples = read_lines(out / "samples.jsonl")
+    prompts, answers = ([s[key] for s in samples] for key in ("prompt", "answer"))
+    gold = data.toy_correct(prompts=prompts, completions=answers)
+    assert [sample["toy_correct"] for sample in samples] == gold
+    assert all(sample["score"] == sample["reward"] for sample in samples)
+    assert metrics[1]["score_toy_correct"] == pytest.approx(np.mean(gold))
+    assert {"eval_toy_correct", "eval_toy_correct_std"} <= set(metrics[0])
+
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"number {i}"} for i in range(80)])
+    more = dict(data=rows, reward=f"{flags['reward']},data.py:toy_correct:0")
+    metrics = train(ppo, tmp_path / "other", **flags | more)
+    assert not any("toy_correct" in name for row in metrics for name in row), "it judged nothing"
+
+
+def test_an_answer_that_no_reward_judged_is_left_out_and_counted(
+        flags, rules, tmp_path, monkeypatch):
+    calls = record_rollouts(monkeypatch)
+    more = dict(reward=f"{rules}:picky,{rules}:short:0", micro_batch=2)
+    metrics = train(ppo, tmp_path / "p", **flags | more)
+    batch = calls[1][1]
+    sort = ["sort" in prompt for prompt in batch.columns["prompts"]]
+    assert 0 < sum(sort) < 8, "some micro batches have none"
+    assert batch.mask.any(1).tolist() == sort
+    assert not batch.advantages[~torch.tensor(sort)].any()
+    judged = [len(c) for c, s in zip(batch.columns["completions"], sort) if s]
+    row = metrics[1]
+    assert row["unjudged"] == 16 - sum(sort)
+    assert row["score"] == row["score_picky"] == pytest.approx(np.mean(judged))
+    assert row["skipped"] == 0 and row["actor_grad_norm"] > 0
+    samples = read_lines(tmp_path / "p" / "samples.jsonl")
+    assert ["picky" in sample for sample in samples] == sort
+    for name in ("constant", "silent"):
+        with pytest.raises(utils.UserError, match="nothing to learn"):
+            train(ppo, tmp_path / name, **flags | dict(reward=f"{rules}:{name}"))
+
+
+def test_rewards_are_logged_apart_under_names_of_their_own(chain, flags, rules, tmp_path):
+    folder = chain["reward"][0]
+    config = json.loads(Path(folder, "config.json").read_text())
+    other = copy_of(folder, tmp_path / "reward", score_offset=config["score_offset"] + 1.0)
+    rows = [{"prompt": f"copy {i}", "target": i % 7} for i in range(120)]
+    more = dict(data=write_rows(tmp_path / "rows.jsonl", rows),
+                reward=f"{folder}:0.5,{other}:-2,{rules}:near:0.25")
+    metrics = train(ppo, tmp_path / "p", **flags | more)
+    samples = read_lines(tmp_path / "p" / "samples.jsonl")
+    for sample in samples:
+        number = int(re.search(r"copy (\d+)", sample["prompt"])[1])
+        assert sample["near"] == -abs(len(sample["answer"]) - number % 7), "its row's own field"
+        shifted = sample["reward"] - config["score_scale"]
+        assert sample["reward_"] == pytest.approx(shifted, abs=1e-3)
+        total = 0.5 * sample["reward"] - 2 * sample["reward_"] + 0.25 * sample["near"]
+        assert sample["score"] == pytest.approx(total, abs=1e-3)
+    for name in ("reward", "reward_", "near"):
+        mean = np.mean([sample[name] for sample in samples])
+        assert metrics[1][f"score_{name}"] == pytest.approx(mean, abs=1e-3)
+
+
+@pytest.mark.parametrize("where", ["reward", "critic", "both"])
+def test_a_foreign_critic_has_the_scale_in_which_ppo_sees_the_score(
+        where, chain, flags, rules, tmp_path, monkeypatch, capsys):
+    foreign = as_foreign(chain["reward"][0], tmp_path / "foreign")
+    spec = {"reward": dict(reward=foreign), "both": dict(reward=foreign, critic=foreign + "/"),
+            "critic": dict(reward=f"{rules}:length", critic=foreign)}[where]
+    calls = record_rollouts(monkeypatch)
+    metrics = train(ppo, tmp_path / "p", **flags | spec)
+    batch = calls[1][1]
+    raw = reward.RewardModel.from_pretrained(foreign, torch.float32)
+    with torch.no_grad():
+        values = ppo.answer_values(raw, batch)
+    before = metrics[0]
+    mean, std = before["eval_critic"], before["eval_critic_std"]
+    torch.testing.assert_close(batch.values, (values - mean) / std * batch.mask, rtol=1e-3,
+                               atol=1e-3)
+    if where != "critic":
+        assert (before["eval_foreign"], before["eval_foreign_std"]) == pytest.approx((mean, std))
+        assert metrics[1]["score"] == pytest.approx(batch.scores["foreign"].mean().item()), "raw"
+    seen = f"PPO sees (score - {before['eval_score']:.4g})"
+    assert seen in capsys.readouterr().out
+
+
+def test_the_critic_starts_from_the_flag_else_the_first_reward_that_counts_else_a_new_head(
+        tok, monkeypatch):
+    monkeypatch.setattr(ppo, "load_reward_model", lambda path, *arguments: path)
+
+    def start(*scorers, **more):
+        cfg = ppo.Config(model="tiny", **more)
+        return ppo.load_critic(cfg, scorers, tok, torch.float32)
+
+    logged, counts = (ppo.Scorer(name, name, weight, model=1) for name, weight in zip("ab", (0, 1)))
+    rule = ppo.Scorer("rules.py:f", "f", 1.0, function=len)
+    assert start(rule, logged, counts) == "b", "one of weight 0 is only logged"
+    assert start(rule, logged, counts, critic="c") == "c"
+    new = start(rule, logged).lm
+    assert new.config.score_scale == 1.0, "a new head is no foreign one"
+    assert new.score.weight.std().item() == pytest.approx(129**-0.5, rel=0.2)
+
+
+def test_learning_rates_fall_linearly_to_a_tenth_and_know_the_built_in_model_from_others(
+        flags, rules, tmp_path, monkeypatch):
+    rates = []
+    real = utils.set_lr
+    monkeypatch.setattr(utils, "set_lr", lambda e, lr: (rates.append((type(e.module), lr)),
+                                                        real(e, lr)))
+    more = dict(batch_size=2, iterations=12, max_new_tokens=2, critic_warmup=2)
+    metrics = train(ppo, tmp_path / "p", **flags | more)
+    shares = [max(0.1, 1 - done / 12) for done in range(12)]
+    actor = [3e-4 * share if i >= 2 else 0.0 for i, share in enumerate(shares)]
+    assert [lr for kind, lr in rates if kind is sft.Policy] == pytest.approx(actor)
+    critic = [lr for kind, lr in rates if kind is reward.RewardModel]
+    assert critic == pytest.approx([1e-3 * share for share in shares])
+    assert [row["actor_lr"] for row in metrics[1:]] == pytest.approx(actor), "what was used"
+    evaluated = [row["step"] for row in metrics if "eval_score" in row]
+    assert evaluated == [0, 3, 6, 9, 12], "four, besides the one at its start"
+    for vocab_size, lr in ((258, 1e-3), (50_000, 1e-5)):
+        config = type("Config", (), {"vocab_size": vocab_size})
+        assert utils.pick_lr(0.0, config, 1e-3, 1e-5) == lr
+        assert utils.pick_lr(2e-4, config, 1e-3, 1e-5) == 2e-4
+
+
+# With gradient checkpointing a model trains in training mode.
+@pytest.mark.parametrize("minibatches, gradient_checkpointing", [(1, False), (2, True)])
+def test_the_first_ratio_is_exactly_one_in_spite_of_dropout_in_the_config(
+        minibatches, gradient_checkpointing, chain, flags, tmp_path, monkeypatch):
+    folders = {"model": copy_of(chain["sft"][0], tmp_path / "sft", attention_dropout=0.1),
+               "reward": copy_of(chain["reward"][0], tmp_path / "reward", attention_dropout=0.1)}
+    forwards = []
+    real = sft.Policy.forward
+
+    def forward(self, *arguments):
+        forwards.append(torch.is_grad_enabled())
+        return real(self, *arguments)
+
+    monkeypatch.setattr(sft.Policy, "forward", forward)
+    flags = flags | folders | dict(temperature=0.7, micro_batch=3, minibatches=minibatches)
+    metrics = train(ppo, tmp_path / "p", **flags, actor_lr=1e-12,
+                    gradient_checkpointing=gradient_checkpointing)
+    row = metrics[1]
+    assert row["ratio_max"] == row["ratio_mean"] == 1, "exactly, at any temperature"
+    assert row["clip_frac"] == row["approx_kl"] == 0
+    assert abs(row["kl"]) < 1e-5, "the reference has the temperature in it too"
+    assert row["engine_gap_max"] < 1e-4, "and so has the sampler"
+    # Of 16 rows: 3, 3, 3, 3, 3, 1, or twice 3, 3, 2; two evaluations in micro batches of 32.
+    # A single step needs no forward of the actor before it.
+    scored = 6 * minibatches
+    assert [forwards.count(with_gradient) for with_gradient in (False, True)] == [scored + 4, 6]
+
+
+def test_rollouts_are_in_random_order_and_answers_to_a_prompt_stand_side_by_side_and_differ(
+        flags, tmp_path, monkeypatch):
+    calls = record_rollouts(monkeypatch)
+    for seed in (1, 2):
+        more = dict(iterations=2, answers_per_prompt=4, seed=seed)
+        train(ppo, tmp_path / f"{seed}", **flags | more)
+    rollouts = [call for call in calls if len(call[0]) == 16]
+    assert len({seed for seeds, _ in rollouts for seed in seeds}) == 4 * 16, "each has its own"
+    for seeds, _ in calls:
+        fixed = [2**31 + i for i in range(len(seeds))]
+        assert len(seeds) == 16 or seeds == fixed, "evaluations have always the same"
+    for _, batch in rollouts:
+        prompts = np.array(batch.columns["prompts"]).reshape(4, 4)
+        assert (prompts == prompts[:, :1]).all() and len(set(prompts[:, 0])) == 4
+        answers = np.array(batch.columns["completions"]).reshape(4, 4)
+        assert all(len(set(group)) > 1 for group in answers)
+    lengths = [batch.prompt_lens.tolist() for _, batch in rollouts]
+    assert any(x != sorted(x) for x in lengths), "all minibatches are alike"
+
+
+def test_a_reward_model_of_another_chat_template_or_tokenizer_is_refused_a_foreign_one_named(
+        small, toy_file, tmp_path, capsys):
+    """Two bases of which only one is given the template: both name it in its own run."""
+    common = dict(COMMON, model=small, data=toy_file, epochs=0.1)
+    template = "Q: {prompt}\nA:"
+    train(sft, tmp_path / "sft", template=template, **common)
+    train(reward, tmp_path / "rm", **common)
+    train(reward, tmp_path / "same", template=template, **common)
+    flags = dict(COMMON, model=str(tmp_path / "sft"), data=toy_file, iterations=1, minibatches=1,
+                 max_new_tokens=4)
+    with pytest.raises(utils.UserError, match="rm has another chat template .*sft; .*--template"):
+        train(ppo, tmp_path / "a", **flags, reward=str(tmp_path / "rm"))
+    capsys.readouterr()
+    (tmp_path / "rm" / "run.json").unlink()
+    train(ppo, tmp_path / "b", **flags, reward=f"{tmp_path / 'same'},{tmp_path / 'rm'}")
+    assert capsys.readouterr().out.count("has another chat template than --model") == 1
+    samples = read_lines(tmp_path / "b" / "samples.jsonl")
+    assert all(re.fullmatch(r"Q: \w+ \w+\nA:", sample["prompt"]) for sample in samples)
+    other = utils.load_tokenizer("tiny")
+    other.add_tokens(["<more>"])
+    with pytest.raises(utils.UserError, match="same has another tokenizer than --model x"):
+        reward.load_reward_model(str(tmp_path / "same"), torch.float32, "x", other)
+
+
+def test_ids_without_a_word_are_neither_sampled_nor_part_of_any_probability(
+        toy_file, tok, rules, tmp_path, monkeypatch):
+    """A model whose vocabulary is padded from 258 to 320 ids."""
+    from transformers import AutoModelForCausalLM as Auto
+
+    torch.manual_seed(0)
+    config = utils.tiny_config()
+    config.update(dict(hidden_size=64, num_hidden_layers=2, vocab_size=320, initializer_range=0.2))
+    Auto.from_config(config).save_pretrained(tmp_path / "padded")
+    tok.save_pretrained(tmp_path / "padded")
+    common = dict(COMMON, data=toy_file, zero=some(0, 3))
+    train(sft, tmp_path / "sft", model=str(tmp_path / "padded"), epochs=0.1, **common)
+    heads = [Auto.from_pretrained(tmp_path / name).lm_head.weight for name in ("sft", "padded")]
+    assert heads[0].shape == (320, 64)
+    moved = (heads[0] != heads[1]).any(1)
+    assert moved[66:90].all() and not moved[258:].any()
+
+    lm = utils.load_model(Auto, str(tmp_path / "sft"), torch.float32, tok)
+    tokens, lengths = torch.tensor([[72, 117, 109, 97]]), torch.tensor([2])
+    logprobs, entropy = sft.Policy(lm)(tokens, lengths, lengths)
+    expected = lm(tokens).logits[0, 1:3, :258].log_softmax(-1)
+    torch.testing.assert_close(logprobs[0], expected[[0, 1], [109, 97]])
+    torch.testing.assert_close(entropy[0], -(expected.exp() * expected).sum(-1))
+
+    calls = record_rollouts(monkeypatch)
+    metrics = train(ppo, tmp_path / "ppo", model=str(tmp_path / "sft"), reward=f"{rules}:length",
+                    iterations=1, minibatches=1, max_new_tokens=8, **common)
+    assert metrics[1]["engine_gap_max"] < 1e-4, "sampler and trainer agree"
+    assert max(batch.tokens.max() for _, batch in calls) < 258
+
+
+# -----------------------------------------------------------------------------
+# 8. DeepSpeed engines, optimizer steps, EMA
+# -----------------------------------------------------------------------------
+
+
+def two_answers(device="cpu"):
+    """What a Policy is called with."""
+    tokens = torch.tensor(ragged([12, 12]), device=device)
+    return tokens, torch.tensor([5, 5], device=device), torch.tensor([7, 7], device=device)
+
+
+def backward(engine, scale=1.0):
+    """The gradient of the mean log-probability of two answers."""
+    logprobs, _ = engine(*two_answers(engine.device))
+    engine.backward(-scale * logprobs.mean())
+
+
+def masters(engine):
+    """The float32 weights that the optimizer updates on this rank."""
+    return [p.detach() for p in utils.EMA(engine, 0).masters()]
+
+
+@pytest.mark.parametrize("zero", some((0, 3), (0, 1, 2, 3)))
+def test_the_optimizer_is_adam_with_its_two_decays_its_epsilon_and_gradients_of_norm_one(zero):
+    """Two steps of the textbook, on the gradients that PyTorch computes without DeepSpeed."""
+    plain = sft.Policy(model_of("llama"))
+    engine = engine_of(lr=1e-2, eps=1e-3, zero=zero)
+    params = list(plain.parameters())
+    first = [torch.zeros_like(p) for p in params]
+    second = [torch.zeros_like(p) for p in params]
+    for step, scale in ((1, 100), (2, 0.01)):  # clipped, and not
+        logprobs, _ = plain(*two_answers())
+        gradients = torch.autograd.grad(-scale * logprobs.mean(), params)
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        assert (norm > 1) == (step == 1)
+        for p, g, m, v in zip(params, gradients, first, second):
+            g = g / norm.clamp(min=1)
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.99).add_(0.01 * g * g)
+            unbiased = v / (1 - 0.99**step)
+            p.data -= 1e-2 * m / (1 - 0.9**step) / (unbiased.sqrt() + 1e-3)
+        backward(engine, scale)
+        assert utils.step(engine)[0] == pytest.approx(norm.item(), rel=1e-4)
+        states = engine.basic_optimizer.state.values()
+        got = sum(state["exp_avg_sq"].sum().item() for state in states)
+        assert got == pytest.approx(sum(v.sum().item() for v in second), rel=1e-3)
+    state = utils.whole_state_dict(engine.module.lm)
+    for name, p in plain.lm.named_parameters():
+        torch.testing.assert_close(state[name], p.data, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("zero", some((2,), (0, 2, 3)))
+def test_in_bfloat16_a_first_step_is_whole_and_gradients_are_added_in_float32(zero):
+    norms = []
+    for micro_batches in (1, 16):
+        engine = engine_of(dtype="bf16", zero=zero, micro_batches=micro_batches)
+        frequencies = engine.module.lm.model.rotary_emb.inv_freq
+        assert torch.equal(frequencies, model_of("llama").model.rotary_emb.inv_freq)
+        before = [p.clone() for p in masters(engine)]
+        for _ in range(micro_batches):  # all the same: in bfloat16, the sum is off by a percent
+            backward(engine)
+            norm = utils.step(engine)
+        norms += norm
+        moved = torch.cat([(p - q).flatten().abs() for p, q in zip(before, masters(engine))])
+        assert moved.quantile(0.9).item() == pytest.approx(1e-3, rel=0.01), "as long as the rate"
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def follow_a_walk(dtype, zero, out):
+    """An EMA follows a random walk of the float32 weights, with a drift; then it is saved."""
+    lm = model_of("gpt2", vocab_size=258)
+    engine = engine_of(lm, dtype=dtype, zero=zero)
+    ema = utils.EMA(engine, 0.99)
+    want = [p.double() for p in masters(engine)]
+    rng = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(200):
+        for p, w in zip(masters(engine), want):
+            p += 1e-3 * (torch.randn(p.shape, generator=rng) + 0.3)
+            w.mul_(0.99).add_(0.01 * p.double())
+        ema.update()
+    for got, w in zip(ema.average, want):
+        assert (got - w).norm() / w.norm() < 1e-5
+    before = [x.clone() for x in (*masters(engine), *ema.average)]
+    with ema.in_place():
+        utils.save_model(lm, utils.load_tokenizer("tiny"), [257], out)
+    after = [*masters(engine), *ema.average]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    # The trained parameters end with this one; under ZeRO-3 each rank has its share of it.
+    name = "transformer.ln_f.bias"
+    shards = [p.ds_tensor if zero == 3 else p for p in engine.trained_params]
+    n = shards[-1].numel()
+    end = sum(shard.numel() for shard in shards)
+    mine = slice(dist.get_rank() * n, dist.get_rank() * n + n)
+    average = torch.cat([w.flatten() for w in want])[end - n : end]
+    weight = torch.cat([p.flatten() for p in masters(engine)])[end - n : end]
+    saved = load_lm(out).state_dict()[name].double()[mine]
+    assert (saved - average).norm() < 0.05 * (weight - average).norm(), "the average is saved"
+    state = utils.whole_state_dict(lm)  # empty on rank 1
+    assert not state or torch.equal(state[name][mine], weight.to(lm.dtype)), "and put back"
+    assert utils.EMA(engine, 0).average == [], "decay 0: no copy"
+
+
+@pytest.mark.parametrize("world, dtype, zero", [(1, "fp32", 0), (1, "bf16", 2), (2, "bf16", 3)])
+def test_the_ema_is_that_of_the_float32_weights_and_the_model_comes_back_to_the_bit(
+        world, dtype, zero, two, tmp_path):
+    if world == 1:
+        follow_a_walk(dtype, zero, str(tmp_path))
+    else:
+        two(follow_a_walk, dtype, zero, str(tmp_path))
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_step_that_is_not_finite_is_taken_by_no_engine_and_five_in_a_row_end_the_run(zero):
+    engines = [engine_of(zero=zero), engine_of(zero=zero)]
+    utils.skipped.update(total=0, in_a_row=0)
+
+    def one_step(is_bad):
+        before = [torch.cat([p.flatten() for p in masters(e)]) for e in engines]
+        for engine in engines:
+            backward(engine, math.nan if is_bad and engine is engines[1] else 1.0)
+        norms = utils.step(*engines)
+        after = [torch.cat([p.flatten() for p in masters(e)]) for e in engines]
+        moved = [not torch.equal(x, y) for x, y in zip(before, after)]
+        assert moved == [norm is not None for norm in norms]
+        return moved
+
+    assert [one_step(bad) for bad in (False, True, False)] == [[True] * 2, [False] * 2, [True] * 2]
+    assert utils.skipped == {"total": 1, "in_a_row": 0}
+    for _ in range(utils.PATIENCE - 1):
+        assert one_step(is_bad=True) == [False, False]
+    with pytest.raises(utils.UserError, match="5 steps in a row .*lower --lr"):
+        one_step(is_bad=True)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_flags_reach_deepspeed_and_a_frozen_model_is_sharded_like_the_others(zero, tmp_path):
+    """Checkpointing under LoRA is the harder case: the embedding is frozen."""
+    path = tmp_path / "ds.json"
+    path.write_text('{"gradient_clipping": 0.25, "zero_optimization": {"overlap_comm": false}}')
+    adapters = []
+    for on in (False, True):
+        lm = model_of("llama lora")
+        flags = dict(gradient_checkpointing=on, offload=on, ds_config=str(path) if on else "")
+        engine = engine_of(lm, zero=zero, **flags)
+        forwards = []
+        lm.model.layers[1].mlp.register_forward_pre_hook(lambda *_, n=forwards: n.append(1))
+        backward(engine, scale=0.1)
+        utils.step(engine)
+        assert len(forwards) == 1 + on, "a layer runs again in the backward pass"
+        assert engine.gradient_clipping() == (0.25 if on else 1.0)
+        names = ("cpu_offload", "offload_optimizer")
+        assert any(getattr(engine.optimizer, name, False) for name in names) == on
+        assert bool(getattr(engine.optimizer, "offload_param", False)) == (on and zero == 3)
+        lora = lm.model.layers[0].mlp.up_proj
+        with utils.gathered(lora.lora_B):
+            adapters.append(lora.lora_B.detach().clone())
+    torch.testing.assert_close(*adapters, rtol=1e-3, atol=1e-5)
+    policy = sft.Policy(model_of("llama"))
+    want = policy(*two_answers())[0]
+    frozen = utils.frozen_engine(policy, engine.device, sft.Config(zero=zero, dtype="fp32"))
+    got = frozen(*two_answers())[0]
+    torch.testing.assert_close(got, want)
+    assert not got.requires_grad and hasattr(frozen, "module") == (zero == 3)
+
+
+def test_offloaded_frozen_models_are_on_the_device_only_while_they_are_needed():
+    class Model(torch.nn.Linear):
+        """Records where it is sent, since there may be no second device to send it to."""
+        sent_to = []
+
+        def to(self, device):
+            self.sent_to.append(device)
+            return self
+
+    meta = torch.device("meta")
+    utils.frozen_engine(Model(2, 2), meta, sft.Config(offload=True))
+    utils.frozen_engine(Model(2, 2), meta, sft.Config())
+    assert Model.sent_to == ["cpu", meta]
+    with pytest.raises(KeyError), utils.on_device(meta, Model(2, 2), None):
+        raise KeyError
+    assert Model.sent_to[2:] == [meta, "cpu"], "there, and back whatever happens"
+
+
+# -----------------------------------------------------------------------------
+# 9. two ranks take the steps of one process
+
+
+def trained_on_ranks(name, out, flags):
+    script = {"sft": sft, "reward": reward, "ppo": ppo}[name]
+    metrics = None
+    script.main(script.Config(out=out, **flags))
+    if dist.get_rank() == 0:  # it has written them
+        metrics = read_lines(Path(out) / "metrics.jsonl")
+    return metrics
+
+
+def assert_same_steps(metrics, expected, rel=2e-3):
+    """The same numbers, but for rounding and for time."""
+    assert len(metrics) == len(expected)
+    timed = re.compile(r".*_s|seconds|tokens_per_s|memory_gib|engine_gap.*")
+    for row, expected_row in zip(metrics, expected):
+        assert set(row) == set(expected_row)
+        for name, value in expected_row.items():
+            if not timed.fullmatch(name):
+                assert row[name] == pytest.approx(value, rel=rel, abs=2e-5), (row["step"], name)
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    state = load_file(Path(folder) / "model.safetensors")
+    return torch.cat([x.flatten() for _, x in sorted(state.items())])
+
+
+def assert_same_weights(folder, other, start):
+    """Closer to each other than a hundredth of the way that they have come."""
+    apart = weights_of(folder) - weights_of(other)
+    assert apart.norm() < 0.01 * (weights_of(other) - weights_of(start)).norm()
+
+
+def use_collectives():
+    """Gathers and computes rows that two ranks hold in turns, of different number and width."""
+    rank = dist.get_rank()
+    whole = torch.arange(35).view(5, 7) + 1
+    lengths = np.array([9, 8, 7, 6, 5])
+
+    def forward(indices):
+        return torch.tensor(indices)[:, None] * torch.tensor([1.0, 10.0])
+
+    def fail():
+        raise utils.UserError("of rank 0")
+
+    try:
+        utils.on_rank0(fail)
+    except utils.UserError as error:
+        message = str(error)
+    return {
+        "gathered": utils.gather_rows(whole[rank::2, : (4, 7)[rank]]).tolist(),
+        "vector": utils.gather_rows(torch.from_numpy(lengths)[rank::2]).tolist(),
+        "computed": utils.forward_in_micro_batches(
+            forward, np.array([4, 2, 0]), lengths, 1).tolist(),
+        "sum": utils.sum_over_ranks(rank + 0.5, "cpu"),
+        "on_rank0": utils.on_rank0(dist.get_rank),
+        "error": message,
+    }
+
+
+def start_rank(seed):
+    utils.init_distributed(seed)
+    return dist.get_world_size()
+
+
+def test_collectives_keep_the_order_of_rows_and_tell_all_ranks_of_an_error(two):
+    assert two(start_rank, 1) == [2, 2]
+    whole = torch.arange(35).view(5, 7) + 1
+    whole[::2, 4:] = 0  # rank 0 has even rows, and needs four columns
+    for result in two(use_collectives):
+        assert result == {
+            "gathered": whole.tolist(), "vector": [9, 8, 7, 6, 5], "sum": 2,
+            "computed": [[4, 40], [2, 20], [0, 0]], "on_rank0": 0, "error": "of rank 0"}
+
+
+def test_sft_and_reward_under_zero_3_take_the_steps_of_one_process(two, chain, toy_file, tmp_path):
+    """With a micro batch that does not divide a rank's share of a step; reward.py on rankings."""
+    start = chain["sft"][0]
+    rankings = write_rows(tmp_path / "rankings.jsonl", ranked_rows())
+    for script, source in ((sft, toy_file), (reward, rankings)):
+        name = script.__name__
+        flags = dict(COMMON, model=start, data=source, epochs=0.22, lr=1e-3)
+        one = train(script, tmp_path / name, **flags, micro_batch=5)
+        out = str(tmp_path / f"{name}-3")
+        metrics, _ = two(trained_on_ranks, name, out, dict(flags, zero=3, micro_batch=3))
+        assert_same_steps(metrics, one)
+        assert len(one) > 2
+        if script is sft:
+            assert_same_weights(out, tmp_path / name, start)
+
+
+@pytest.fixture(scope="module")
+def ppo_flags(chain, toy_file, tmp_path_factory):
+    """PPO of two iterations where a function leaves out most answers, so that some micro batches,
+    and some ranks' parts of a step, have none."""
+    rules = tmp_path_factory.mktemp("rules") / "rules.py"
+    rules.write_text(RULES_OF_RUNS)
+    folder = chain["reward"][0]
+    return dict(COMMON, model=chain["sft"][0], reward=f"{rules}:picky,{folder}:0", critic=folder,
+                data=toy_file, batch_size=16, iterations=2, minibatches=2, ppo_epochs=2,
+                max_new_tokens=8, actor_lr=1e-3, critic_lr=3e-4, ema=0.5)
+
+
+def test_ppo_under_zero_3_with_tensor_parallel_rollouts_takes_the_steps_of_one_process(
+        two, ppo_flags, chain, tmp_path):
+    one = train(ppo, tmp_path / "one", **ppo_flags, micro_batch=4)
+    assert 4 < one[1]["unjudged"] < 16 and abs(one[2]["kl"]) > 1e-3
+    flags = dict(ppo_flags, zero=3, tp=2, micro_batch=1)
+    metrics, _ = two(trained_on_ranks, "ppo", str(tmp_path / "two"), flags)
+    assert_same_steps(metrics, one)
+    for folder in (".", "ema"):
+        assert_same_weights(tmp_path / "two" / folder, tmp_path / "one" / folder, chain["sft"][0])
+    samples = [read_lines(tmp_path / run / "samples.jsonl") for run in ("one", "two")]
+    for a, b in zip(*samples):
+        assert (a["prompt"], a["answer"]) == (b["prompt"], b["answer"])
+    # Frozen engines of ZeRO 3 read the weights that they were given.
+    alone = train(ppo, tmp_path / "zero3", **dict(ppo_flags, zero=3, iterations=1), micro_batch=4)
+    for name in ("score_reward", "score_picky", "kl", "actor_loss", "critic_loss"):
+        assert alone[1][name] == pytest.approx(one[1][name], rel=1e-3, abs=2e-5), name
+
+
+def test_ppo_with_lora_zero_2_offload_checkpointing_and_a_mixture_takes_the_steps_of_one_process(
+        two, ppo_flags, chain, tmp_path):
+    """With LoRA the reference is the actor's base, and what is saved is a plain merged model."""
+    from transformers import AutoModelForCausalLM
+
+    text = write_rows(tmp_path / "text.jsonl", texts_of_many_lengths())
+    flags = dict(ppo_flags, lora=4, ptx_data=text, actor_lr=1e-2)
+    one = train(ppo, tmp_path / "one", **flags)
+    more = dict(zero=2, offload=True, gradient_checkpointing=True, micro_batch=3)
+    metrics, _ = two(trained_on_ranks, "ppo", str(tmp_path / "two"), flags | more)
+    assert_same_steps(metrics, one)
+    assert_same_weights(tmp_path / "two", tmp_path / "one", chain["sft"][0])
+
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    base = AutoModelForCausalLM.from_pretrained(chain["sft"][0])
+    assert {n for n, _ in lm.named_parameters()} == {n for n, _ in base.named_parameters()}
+    tok = utils.load_tokenizer("tiny")
+    # The held-out answers of the last evaluation once more, by what was saved.
+    cfg = ppo.Config(**flags)
+    rows = data.load(cfg.data, "ppo", "", 0.2, tok, [tok.eos_token_id], 56)[1]
+    seeds = [2**31 + i for i in range(len(rows))]
+    batch = ppo.rollout(hybrid_engine.HybridEngine(lm), rows, np.arange(len(rows)), seeds, cfg, tok,
+                        [tok.eos_token_id])
+    kls = []
+    for tokens, p, n in zip(batch.tokens.tolist(), batch.prompt_lens.tolist(), batch.lengths):
+        if "sort" in tok.decode(tokens[:p]):
+            kls.append(sum(plain_logprobs(lm, tokens[:n], p) - plain_logprobs(base, tokens[:n], p)))
+    assert one[2]["eval_kl"] == pytest.approx(np.mean(kls), rel=1e-3)
+    assert one[2]["eval_kl"] > 0.01, "it has moved away from its base"
+
+
+def rows_of_rank():
+    yield from ({"prompt": f"row {i} of rank {dist.get_rank()}"} for i in range(50))
+
+
+def load_rows_of_rank(path):
+    tok = utils.load_tokenizer("tiny")
+    try:
+        data.load(path, "ppo", "", 0.2, tok, [tok.eos_token_id], 64)
+    except utils.UserError as error:
+        return str(error)
+
+
+def test_ranks_that_read_different_rows_are_told_so(two, tmp_path):
+    path = tmp_path / "rows.py"
+    path.write_text("from test_all import rows_of_rank as rows\n")
+    for message in two(load_rows_of_rank, f"{path}:rows"):
+        assert "ranks read different rows" in message
+
+
+def poison(zero, bad_rank):
+    """Two engines; in the second step one rank's gradient of one of them is NaN. Returns of each
+    step the norms, and whether the weights of both moved."""
+    engines = [engine_of(zero=zero), engine_of(zero=zero)]
+    tokens, lengths = torch.arange(6, 14).view(2, 4), torch.tensor([2, 2])
+    steps = []
+    for step in range(3):
+        before = [utils.EMA(e, 0.5).average for e in engines]
+        for engine in engines:
+            loss = engine(tokens, lengths, lengths)[0].sum()
+            is_bad = step == 1 and engine is engines[1] and dist.get_rank() == bad_rank
+            engine.backward(loss * math.nan if is_bad else loss)
+        norms = utils.step(*engines)
+        moved = [any((p != q).any() for p, q in zip(utils.EMA(e, 0.5).average, b))
+                 for e, b in zip(engines, before)]
+        steps.append(([norm is not None for norm in norms], moved))
+    return steps
+
+
+@pytest.mark.parametrize("zero, bad_rank", some([(0, 0), (2, 1)], [(0, 0), (2, 1), (3, 1)]))
+def test_a_gradient_that_is_not_finite_on_one_rank_keeps_all_engines_from_stepping(
+        zero, bad_rank, two):
+    for steps in two(poison, zero, bad_rank):
+        assert steps[1] == ([False, False], [False, False])
+        assert steps[0] == steps[2] == ([True, True], [True, True])
+
+
+# -----------------------------------------------------------------------------
+# 10. going on: checkpoints, kills, signals, the folder of a run
+# -----------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Not an Exception: as after kill -9, no handler of an error runs."""
+
+
+def short_run(out, total=6, at_step=lambda step: None, digest="rows", **flags):
+    """A run of a small policy. at_step(step) is called before each step. Returns the step that it
+    started after, what it found there, and the weights and the EMA at its end."""
+    engine = engine_of(out=str(out), **flags)
+    cfg = sft.Config(out=str(out), dtype="fp32", **{k: v for k, v in flags.items() if k != "dtype"})
+    utils.claim_folder(cfg)
+    ema = utils.EMA(engine, 0.9)
+    columns = {"loss": ".3f"}
+    run = utils.Run(cfg, total, columns, ema=ema, digest=digest, engine=engine, critic=None)
+    start, state = run.restore()
+    if start == 0:
+        run.write(0, [{"eval_score": 1.0}])
+    for step in range(start + 1, total + 1):
+        at_step(step)
+        tokens = torch.tensor(ragged([12, 12], seed=step))
+        logprobs, _ = engine(tokens, torch.tensor([5, 5]), torch.tensor([7, 7]))
+        engine.backward(-logprobs.mean())
+        utils.step(engine)
+        ema.update()
+        run.log(step, {"loss": logprobs.mean().item(), "nan": math.nan, "none": None})
+        run.write(step, [{"row": 1}, {"row": 2}], "tokens.jsonl")
+        run.save(step, note=f"after {step}")
+    run.finish("done")
+    return start, state, [p.detach().clone() for p in (*ema.masters(), *ema.average)]
+
+
+def die_at(last):
+    def at_step(step):
+        if step == last:
+            raise Killed
+    return at_step
+
+
+def send_at(number, last):
+    def at_step(step):
+        if step == last:
+            os.kill(os.getpid(), number)
+            utils.skipped["total"] += 2
+    return at_step
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def results(out):
+    """{file: contents} of a run, without times."""
+    times = ("_s", "seconds", "memory_gib")
+    found = {}
+    for path in (p for p in Path(out).rglob("*") if p.suffix in (".jsonl", ".safetensors")):
+        found[str(path.relative_to(out))] = path.read_bytes()
+    found["metrics.jsonl"] = [
+        {k: v for k, v in row.items() if not k.endswith(times) and "per_s" not in k}
+        for row in read_lines(Path(out) / "metrics.jsonl")]
+    return found
+
+
+@pytest.mark.parametrize("dtype, zero", [("fp32", 0), ("fp32", 3), ("bf16", 2)])
+def test_a_run_goes_on_with_weights_moments_and_ema_to_the_bit(dtype, zero, tmp_path):
+    whole = short_run(tmp_path / "whole", dtype=dtype, zero=zero)
+    assert whole[:2] == (0, {})
+    flags = dict(out=tmp_path / "parts", dtype=dtype, zero=zero)
+    with pytest.raises(Killed):
+        short_run(at_step=die_at(4), **flags)
+    resumed = short_run(resume=True, **flags)
+    assert resumed[:2] == (3, {"note": "after 3"})
+    assert equal(resumed[2], whole[2])
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+    assert "nan" not in read_lines(tmp_path / "whole/metrics.jsonl")[-1]
+    assert not (tmp_path / "parts/checkpoint").exists()
+
+
+def test_a_run_that_is_killed_in_a_checkpoint_or_a_log_ends_as_if_it_had_not_been(
+        tmp_path, monkeypatch):
+    whole = short_run(tmp_path / "whole")
+    for i, (owner, name, call, when) in enumerate((
+            (torch, "save", 5, "before"), (Path, "rename", 3, "before"),
+            (Path, "rename", 3, "after"), (shutil, "rmtree", 2, "before"),
+            (utils.Run, "write", 5, "after"))):
+        real = getattr(owner, name)
+        calls = itertools.count(1)
+
+        def kill(*args, real=real, calls=calls, call=call, when=when, **kwargs):
+            number = next(calls)
+            if (number, when) == (call, "before"):
+                raise Killed
+            real(*args, **kwargs)
+            if number == call:
+                raise Killed
+
+        out = tmp_path / str(i)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, kill)
+            short_run(out)
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write('{"step": 1, "lo')  # a torn line
+        (out / "checkpoint/5.new").mkdir(exist_ok=True)
+        (out / "checkpoint/5.new/state.json").write_text("{")
+        resumed = short_run(out, resume=True)
+        assert resumed[0] > 0 and equal(resumed[2], whole[2]), (owner, name, when)
+        assert results(out) == results(tmp_path / "whole"), (owner, name, when)
+
+
+def test_ten_checkpoints_are_written_two_are_kept_and_a_signal_ends_a_run_with_one(
+        tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def look(step):
+        folder = tmp_path / "whole/checkpoint"
+        seen.append(sorted(int(p.name) for p in folder.glob("*")))
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    utils.skipped.update(total=7)  # of another run of this process
+    whole = short_run(tmp_path / "whole", total=30, at_step=look)
+    steps = sorted({step for steps in seen for step in steps})
+    assert steps == list(range(3, 30, 3)), "none at the end, where the result is saved"
+    assert max(map(len, seen)) == 2 and seen[-1] == [24, 27]
+    after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert after == before, "a finished run takes its handlers back"
+
+    assert utils.skipped["total"] == 0
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        out = tmp_path / str(number)
+        with pytest.raises(utils.UserError, match="stopped after step 13; go on with .* --resume"):
+            short_run(out, total=30, at_step=send_at(number, 13))
+        start, _, end = short_run(out, total=30, resume=True, at_step=send_at(number, 30))
+        assert start == 13 and equal(end, whole[2]), "a signal in the last step changes nothing"
+        assert utils.skipped["total"] == 4
+        assert results(out) == results(tmp_path / "whole")
+    assert "--resume: goes on after step 13 of 30" in capsys.readouterr().out
+
+
+def stop_one_rank(out):
+    """A signal to rank 1 alone. Returns what this rank says at its end."""
+    rank = int(os.environ["RANK"])
+    with pytest.raises(utils.UserError) as error:
+        short_run(out, zero=2, at_step=send_at(signal.SIGTERM, 3 if rank else None))
+    return str(error.value)
+
+
+def test_a_signal_to_one_rank_ends_all_of_them_after_the_same_step(two, tmp_path):
+    said = two(stop_one_rank, str(tmp_path))
+    assert said == ["stopped after step 3; go on with the same command and --resume"] * 2
+    with pytest.raises(utils.UserError, match="was written by 2 ranks.*start as many"):
+        short_run(tmp_path, zero=2, resume=True)
+
+
+def test_a_folder_is_claimed_by_one_run_and_goes_on_only_as_it_began(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def refused(message, path=out, **flags):
+        with pytest.raises(utils.UserError, match=message):
+            short_run(path, **flags)
+
+    with pytest.raises(Killed):
+        short_run(out, at_step=die_at(1), resume=True)  # --resume where there is nothing: begins
+    record = json.loads((out / "run.json").read_text())
+    assert record["config"]["lr"] == sft.Config.lr and record["versions"]["torch"]
+    assert (out / "code/sft.py").read_text() == (HERE / "sft.py").read_text()
+    refused("holds a run or a model; --resume it")
+    with pytest.raises(Killed):  # killed before its first checkpoint
+        short_run(out, at_step=die_at(3), resume=True, zero=0)
+    refused("--batch_size was 32, and now it is 8", resume=True, batch_size=8)
+    refused("the rows of --data are not those", resume=True, digest="other rows")
+    monkeypatch.setattr(dist, "get_world_size", lambda *args, **kwargs: 4)
+    with pytest.raises(Killed):
+        short_run(out, at_step=die_at(4), resume=True, micro_batch=2)  # these may change
+    monkeypatch.undo()
+    short_run(out, resume=True)
+    assert [row["step"] for row in read_lines(out / "metrics.jsonl")] == list(range(7))
+    refused("holds a finished run")
+    refused("holds a finished run", resume=True)
+    model_of("llama").save_pretrained(tmp_path / "model")
+    refused("holds a run or a model", path=tmp_path / "model", resume=True)
+
+
+def test_a_tracker_gets_what_the_log_gets_and_a_missing_one_is_said(tmp_path, monkeypatch):
+    (tmp_path / "stub.py").write_text(
+        "calls = []\n"
+        "def init(**kwargs): calls.append(kwargs['config']['track'])\n"
+        "def log(row, step): calls.append({'step': step, **row})\n"
+        "def finish(): calls.append('finish')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    short_run(tmp_path / "a", total=2, track="stub")
+    import stub
+
+    assert stub.calls == ["stub", *read_lines(tmp_path / "a/metrics.jsonl"), "finish"]
+    with pytest.raises(utils.UserError, match="--track no_such_package: pip install"):
+        short_run(tmp_path / "b", track="no_such_package")
+
+
+# ---- the scripts
+
+
+def in_two_parts(script, out, after, monkeypatch, **flags):
+    """Runs a script that dies right after the checkpoint of step `after`, then in the middle of
+    saving its last model, then again with --resume; other rows in between are refused."""
+    real = utils.Run.save
+
+    def save(run, step, **state):
+        real(run, step, **state)
+        if step == after:
+            raise Killed
+
+    def save_half(lm, tokenizer, ends, out, **entries):
+        lm.save_pretrained(out)
+        os.truncate(Path(out, "model.safetensors"), 1000)
+        raise Killed
+
+    for resume, owner, name, dies in ((False, utils.Run, "save", save),
+                                      (True, utils, "save_model", save_half)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, dies)
+            train(script, out, resume=resume, **flags)
+    path = Path(flags.get("ptx_data", flags["data"]))
+    rows = path.read_text()
+    path.write_text(rows.rpartition("\n")[0])
+    with pytest.raises(utils.UserError, match="the rows of --data are not those"):
+        train(script, out, resume=True, **flags)
+    path.write_text(rows)
+    train(script, out, resume=True, **flags)
+
+
+def test_a_script_that_is_killed_twice_ends_as_one_that_is_not_bit_for_bit(
+        chain, toy_file, tmp_path, monkeypatch):
+    """SFT in its second epoch, whose rows are no multiple of the batch; PPO with a mixture, a
+    function as a second reward, LoRA and an EMA."""
+    (tmp_path / "rules.py").write_text(
+        "def length(completions, **fields):\n    return [len(c) for c in completions]\n")
+    rows = shutil.copy(toy_file, tmp_path / "rows.jsonl")
+    common = dict(COMMON, data=str(rows), micro_batch=4, model=chain["sft"][0])
+    scorers = f"{chain['reward'][0]},{tmp_path}/rules.py:length:0.5"
+    text = str(shutil.copy(rows, tmp_path / "text.jsonl"))
+    of_ppo = dict(common, reward=scorers, ptx_data=text, lora=4, iterations=4, minibatches=2,
+                  ppo_epochs=2, max_new_tokens=8, actor_lr=1e-3, critic_lr=1e-3)
+    common.update(epochs=1.3, lr=1e-3)
+    for name, script, after, flags in (("sft", sft, 27, common), ("reward", reward, 27, common),
+                                       ("ppo", ppo, 2, of_ppo)):
+        train(script, tmp_path / name, **flags)
+        in_two_parts(script, tmp_path / "parts" / name, after, monkeypatch, **flags)
+        whole = results(tmp_path / name)
+        assert results(tmp_path / "parts" / name) == whole
+        if name == "ppo":
+            assert {"samples.jsonl", "ema/model.safetensors"} < set(whole)
+
+
+def start(*arguments, **env):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=HERE, env=as_a_user() | env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def rows_logged(out):
+    path = Path(out) / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for_rows(process, out, n):
+    """Waits until a run has logged so many rows, or has ended."""
+    while rows_logged(out) < n and process.poll() is None:
+        time.sleep(0.02)
+
+
+def as_arguments(flags):
+    """{"held_out": 0.2} as --held-out=0.2."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+
+
+def train_on_ranks(out, flags):
+    sft.main(sft.Config(out=out, **flags))
+
+
+def test_torchrun_takes_a_script_and_after_a_sigterm_it_goes_on_as_if_nothing_had_happened(
+        two, small, toy_file, tmp_path):
+    flags = dict(COMMON, data=toy_file, epochs=2.0, model=small, lr=1e-3)
+    out = tmp_path / "out"
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(),
+              "sft.py", *as_arguments(flags), "--out", out]
+    process = start(*launch)
+    wait_for_rows(process, out, 8)
+    process.terminate()
+    said = process.communicate(timeout=100)[0]
+    found = re.search(r"error: stopped after step (\d+); go on with the same command", said)
+    assert found and process.returncode != 0, said
+    assert 8 <= int(found[1]) == rows_logged(out) < 47
+    code, said = command(*launch, "--resume")
+    assert code == 0 and f"goes on after step {found[1]} of 47" in said, said
+    two(train_on_ranks, str(tmp_path / "whole"), flags)
+    assert results(out) == results(tmp_path / "whole")
+
+
+@long
+@pytest.mark.parametrize("name, zero", [("sft", 0), ("reward", 3), ("ppo", 2)])
+def test_ranks_that_are_killed_at_random_moments_end_as_ranks_that_are_not(
+        name, zero, chain, toy_file, tmp_path):
+    """Seven times: kill -9 to both of two ranks at any moment, or to one of them while they train,
+    whereupon the other must end within a minute, too."""
+    flags = dict(COMMON, data=toy_file, model=chain["sft"][0], zero=zero)
+    if name == "ppo":
+        flags |= dict(reward=chain["reward"][0], iterations=15, minibatches=2, max_new_tokens=8)
+    else:
+        flags |= dict(epochs=2.5, lr=1e-3)
+    rng = random.Random(name)
+
+    def launch(out):
+        port = str(free_port())
+        ranks = []
+        for rank in "01":
+            env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=port)
+            ranks.append(start(f"{name}.py", *as_arguments(flags), "--out", out, "--resume", **env))
+        return ranks
+
+    def ends(ranks, timeout=200):
+        return [(rank.communicate(timeout=timeout)[0], rank.returncode) for rank in ranks]
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert [code for _, code in ends(launch(whole))] == [0, 0]
+    total = rows_logged(whole)
+    for kill in range(7):
+        ranks = launch(parts)
+        if kill % 3 == 0:
+            time.sleep(rng.uniform(0, 20))
+            ranks[0].kill()
+            ranks[1].kill()
+        else:
+            wait_for_rows(ranks[0], parts, rows_logged(parts) + rng.randint(1, total // 6))
+            time.sleep(rng.uniform(0, 0.5))
+            rng.choice(ranks).kill()
+        said = ends(ranks, timeout=60)
+        print(name, kill, rows_logged(parts), total, [code for _, code in said], flush=True)
+        if (parts / "finished").exists():
+            break
+    if not (parts / "finished").exists():
+        said = ends(launch(parts))
+        assert [code for _, code in said] == [0, 0], said
+    assert results(parts) == results(whole)
+
+
+# -----------------------------------------------------------------------------
+# 11. flags, and what a user can do wrong
+
+
+SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "chat": chat}
+
+
+def helps(Config):
+    """{flag: what --help says of it, as a regular expression finds it in the source}."""
+    comment = r"^    (\w+): .*?  # (.*(?:\n    #   .*)*)$"
+    return dict(re.findall(comment, inspect.getsource(Config), re.M))
+
+
+def test_flags_that_scripts_share_agree_in_type_and_help_and_none_is_without_help(capsys):
+    special = {"model", "batch_size", "epochs", "lr", "seed", "max_new_tokens"}
+    types = {}
+    for script, most in ((sft, 20), (reward, 20), (ppo, 35)):
+        fields = dataclasses.fields(script.Config)
+        assert len(fields) <= most
+        help_of = helps(script.Config)
+        for field in fields:
+            assert help_of.get(field.name), f"{script.__name__} --{field.name}: no help"
+            entry = (field.type, "" if field.name in special else help_of[field.name])
+            assert types.setdefault(field.name, entry) == entry, (script.__name__, field.name)
+        with pytest.raises(SystemExit):
+            utils.parse_args(script.Config, ["--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        for name, text in help_of.items():
+            assert " ".join(text.replace("#", "").split()) in printed, name
+
+
+def test_a_number_outside_of_its_range_and_a_wrong_flag_are_refused_in_one_line(capsys):
+    for script in SCRIPTS.values():
+        for field in dataclasses.fields(script.Config):
+            if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+                for value in ("-1", "nan") if isinstance(field.default, float) else ("-1",):
+                    refuse(script, f"--{field.name}", value)
+    for line in ("--lrr 1", "toy", "--dtype fp16", "--zero 4", "--batch-size 1.5", "--lr",
+                 "--lr inf", "--lr 1e-5x"):
+        refuse(sft, *line.split())
+    refuse(ppo, "--kl", "1")  # no abbreviations
+    cfg = utils.parse_args(ppo.Config, ["--kl_coef", "0.1", "--kl-coef", "0.2", "--resume"])
+    assert cfg == ppo.Config(kl_coef=0.2, resume=True), "both spellings"
+
+
+def refuse(script, *argv):
+    with pytest.raises((utils.UserError, SystemExit)):
+        utils.parse_args(script.Config, argv)
+
+
+SMALL = "--batch-size 8 --held-out 0.2 --max-len 64 "
+PPO = "ppo --model lm --reward rm --data toy.jsonl --max-new-tokens 8 --minibatches 2 " + SMALL
+MISTAKES = {
+    "sft --data nothing.jsonl": "--data nothing.jsonl: no such file",
+    "sft --data odd.jsonl": "--data odd.jsonl: too few .*: 1 unusable; .*'colour'.*",
+    "sft --data toy.jsonl --split 1,2": "--split 1,2: needs three shares.*",
+    "sft --data toy.jsonl:0.5,odd.jsonl": ".*: give every source a weight above 0, or none",
+    "sft --data toy.jsonl --batch-size 5000": "--batch-size 5000: there are only .* rows .*",
+    "sft --data toy.jsonl --max-len 2": ".*too few.*(--split, --held-out).*",
+    "sft --template Human:": "--template 'Human:' has no {prompt} in it",
+    "sft --model out/nothing": "out/nothing: no such model folder; .*",
+    "sft --model rm --data toy.jsonl": "rm: .*score.weight.*",
+    "sft --out lm": "--out lm holds a finished run; .*",
+    "sft --out other": "--out other holds a run or a model; .*",
+    "reward --model lm --data demos.jsonl": "--data demos.jsonl: .*",
+    "ppo --batch-size 10 --minibatches 3": "--batch-size 10 is no multiple of --minibatches",
+    "ppo --answers-per-prompt 3": "--batch-size 512 is no multiple of --answers.per.prompt",
+    "ppo --temperature 0": "--temperature 0: PPO learns from samples",
+    "ppo --ptx-data x --zero 3 --gradient-checkpointing": "--ptx-data with --zero 3 .*",
+    PPO + "--reward lm": "lm: not a whole .*",
+    PPO + "--critic lm": "lm: not a whole .*",
+    PPO + "--reward rules.py:constant": "--reward: every answer has the same score, .*",
+    PPO + "--reward rules.py:few": "--reward few: 1 scores, .* answers",
+    PPO + "--max-new-tokens 64": ".*too few.*(--split, --held-out).*",
+    PPO + "--tp 2 --engine hf": "--tp needs --engine hybrid",
+    PPO + "--actor-lr 1e9 --ppo-epochs 2 --iterations 9":
+        "the model's log-probabilities are NaN or infinite: .*|5 steps in a row had .*",
+    "sft --model lm --data toy.jsonl --lr 1e9 --epochs 3 " + SMALL:
+        "5 steps in a row had a gradient that is not finite: lower --lr|.*is not finite.*",
+}
+
+
+@pytest.fixture(scope="session")
+def place(chain, toy_file, tmp_path_factory):
+    """A folder with models and data, some of them broken in some way."""
+    root = tmp_path_factory.mktemp("mistakes")
+    shutil.copytree(chain["sft"][0], root / "lm")
+    shutil.copytree(chain["reward"][0], root / "rm")
+    (root / "other").mkdir()
+    shutil.copy(root / "lm" / "config.json", root / "other")
+    shutil.copy(toy_file, root / "toy.jsonl")
+    write_rows(root / "odd.jsonl", [{"colour": "red"}])
+    rows = [{key: row[key] for key in ("prompt", "response")} for row in read_lines(toy_file)]
+    write_rows(root / "demos.jsonl", rows)
+    (root / "rules.py").write_text(
+        "def constant(completions):\n    return [1.0] * len(completions)\n"
+        "def few(completions):\n    return [1.0]\n")
+    return root
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence(mistake, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    script, *argv = shlex.split(mistake)
+    argv = argv if "--out" in argv else argv + ["--out", str(tmp_path / "x")]
+    with pytest.raises(utils.UserError) as caught:
+        SCRIPTS[script].main(utils.parse_args(SCRIPTS[script].Config, argv))
+    message = str(caught.value)
+    assert re.fullmatch(MISTAKES[mistake], message), message
+    assert not list(tmp_path.glob("x/*.safetensors"))
+
+
+def commands_in(text):
+    """The commands that start a script of ours, as lists of words, in Markdown or a docstring."""
+    text = text.replace("\\\n", " ")
+    for line in re.findall(r"^(?:    |`*)((?:python|torchrun|deepspeed) [^`\n]*)", text, re.M):
+        yield shlex.split(line.partition("  #")[0])
+
+
+def test_the_commands_in_the_readme_and_in_docstrings_can_be_typed_as_they_stand():
+    pages = [HERE / "README.md", HERE / "recipes" / "README.md"]
+    texts = {page: page.read_text() for page in pages if page.exists()}
+    texts |= {name: script.__doc__ for name, script in SCRIPTS.items()}
+    for where, text in texts.items():
+        found = list(commands_in(text))
+        assert found, where
+        for words in found:
+            names = [word for word in words if word in {f"{name}.py" for name in SCRIPTS}]
+            if not names:
+                tools = [word for word in words if word.startswith("tools.")]
+                assert tools and (HERE / tools[0].replace(".", "/")).with_suffix(".py").exists()
+                continue
+            script = SCRIPTS[names[0].removesuffix(".py")]
+            argv = words[words.index(names[0]) + 1 :]
+            cfg = utils.parse_args(script.Config, argv)
+            if where in pages and script is not chat:
+                assert "--out" in argv, f"{where}: the demo's own folder is there: {words}"
+            assert cfg
+
+
+@long
+def test_a_copy_of_a_script_with_one_more_flag_and_metric_runs_under_torchrun(
+        chain, toy_file, tmp_path):
+    source = Path(ppo.__file__).read_text()
+    for line, new in (
+            ("    # PPO\n", "    entropy_coef: float = 0.0     # of a bonus\n"),
+            ("            loss = policy_loss * weight\n",
+             "            loss = loss - cfg.entropy_coef * (entropy * b.mask).mean()\n"),
+            ('                "entropy": entropy.detach(),\n',
+             '                "surprise": -logprobs.detach(),\n')):
+        assert source.count(line) == 1, line
+        source = source.replace(line, line + new)
+    (HERE / "ppo_x.py").write_text(source)
+    flags = dict(COMMON, model=chain["sft"][0], reward=chain["reward"][0], data=toy_file,
+                 iterations=1, minibatches=2, max_new_tokens=8, entropy_coef=0.01,
+                 out=tmp_path / "x")
+    argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    try:
+        code, printed = command("-m", "torch.distributed.run", "--nproc_per_node", 2,
+                                "--master_port", free_port(), "ppo_x.py", *argv)
+    finally:
+        (HERE / "ppo_x.py").unlink()
+    assert code == 0, printed
+    assert read_lines(tmp_path / "x" / "metrics.jsonl")[-1]["surprise"] > 0
+
+
+# -----------------------------------------------------------------------------
+# 12. chat.py, and what a newcomer types first
+
+
+@pytest.fixture
+def talk(small, monkeypatch, capsys):
+    """talk(*lines, **flags): what chat.py prints where a user types these lines to a small model,
+    which answers greedily. talk.asked: the texts that it was asked."""
+    import chat
+
+    render = data.render
+
+    def recorded(*args):
+        talk.asked.append(render(*args))
+        return talk.asked[-1]
+
+    def talk(*lines, **flags):
+        talk.asked = []
+        typed = iter([*lines, ""])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+        chat.main(chat.Config(**{"model": small, "temperature": 0.0, "max_new_tokens": 6, **flags}))
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(data, "render", recorded)
+    return talk
+
+
+def greedy_answer(folder, text, tok):
+    """The answer of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tok(f"Human: {text}\nAssistant:", return_tensors="pt")["input_ids"]
+    out = lm.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.size(1) :]
+    return tok.decode(out, skip_special_tokens=True).strip()
+
+
+def test_chat_prints_the_answer_alone_for_one_prompt_and_both_of_two_models(
+        talk, small, chain, tok):
+    expected = greedy_answer(small, "reverse lamu", tok)
+    for engine in ("hybrid", "hf"):
+        assert talk(prompt="reverse lamu", engine=engine).strip() == expected != "", engine
+    out = talk("sort boda", compare=chain["sft"][0])
+    for name in (small, chain["sft"][0]):
+        assert f"{name}: {greedy_answer(name, 'sort boda', tok)}" in out
+
+
+def test_chat_ends_an_answer_at_each_id_that_the_folder_names(talk, small, tok, tmp_path,
+                                                              monkeypatch):
+    folder = shutil.copytree(small, tmp_path / "model")
+    ends = {"eos_token_id": [tok.eos_token_id, tok.pad_token_id]}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    asked = []
+    monkeypatch.setattr(HybridEngine, "stream", lambda *args: asked.append(args) or [])
+    talk(prompt="?", model=str(folder))
+    assert [tok.eos_token_id, tok.pad_token_id] in asked[0]
+
+
+@pytest.mark.parametrize("turns, flag", ((1, False), (2, False), (1, True)))
+def test_chat_goes_on_in_turns_where_the_model_was_trained_on_them(
+        talk, small, tmp_path, turns, flag):
+    words = [{"role": role, "content": "hi"} for role in ("user", "assistant") * turns]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": words}] * 3)
+    folder = shutil.copytree(small, tmp_path / "model")
+    (folder / "run.json").write_text(json.dumps({"config": {"data": rows}}))
+    said = talk("one", "two", model=str(folder), turns=flag).splitlines()[0]
+    before = f"Human: one\nAssistant: {said.removeprefix('Assistant: ')}\n"
+    assert talk.asked[1] == before * (turns > 1 or flag) + "Human: two\nAssistant:"
+
+
+def test_chat_prints_a_character_of_several_tokens_when_it_is_whole(talk, monkeypatch, tok):
+    stream = tok("né€ ok")["input_ids"]
+    monkeypatch.setattr(hybrid_engine.HybridEngine, "stream", lambda *args: stream)
+    assert talk(prompt="?") == "né€ ok\n"
+
+
+def readme_commands():
+    """[(launcher, script, flags)]"""
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    return re.findall(r"^(python|torchrun .*?) (\w+\.py|-m tools\.demo)([^#\n]*)", text, re.M)
+
+
+def test_each_command_of_the_readme_has_flags_that_exist():
+    assert len(readme_commands()) > 5
+    for _, script, flags in readme_commands():
+        module = importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
+        utils.parse_args(module.Config, shlex.split(flags))
+
+
+@long
+def test_make_demo_and_each_ppo_of_the_readme_after_it_end_better_than_they_began(tmp_path):
+    repo = shutil.copytree(HERE, tmp_path / "repo", ignore=shutil.ignore_patterns(".*", "out"))
+    after = [shlex.split(flags) for launcher, script, flags in readme_commands()
+             if (launcher, script) == ("python", "ppo.py") and "--model" not in flags]
+    for args in (["-m", "tools.demo"], *(["ppo.py", *flags] for flags in after)):
+        code, printed = command(*args, cwd=repo)
+        assert code == 0, printed
+        out = repo / (args[args.index("--out") + 1] if "--out" in args else "out/ppo")
+        rows = read_lines(out / "metrics.jsonl")
+        gold = [row["eval_toy_correct"] for row in rows if "eval_toy_correct" in row]
+        assert gold[-1] > gold[0] + 0.2, (args, gold)
+    assert 0.55 < json.loads((repo / "out/demo/summary.json").read_text())["sft"]["gold"] < 0.7
+
+
+def test_the_readme_gives_the_sizes_of_the_files_within_a_tenth():
+    sizes = re.findall(r"^(\w+\.py) +(\d+) ", (HERE / "README.md").read_text(), re.M)
+    assert len(sizes) == 9
+    for name, lines in sizes:
+        counted = len((HERE / name).read_text().splitlines())
+        assert abs(int(lines) - counted) <= counted / 10, f"{name} has {counted} lines"
+
+
+# -----------------------------------------------------------------------------
+# 13. recipes: their own tests, recipes/test_recipes.py, say what they compute
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "recipes").glob("*.diff")), ids=str)
+def test_a_recipe_applies_with_at_most_25_added_lines_and_the_page_has_it(path):
+    core = [f"{name}.py" for name in "sft reward ppo data utils hybrid_engine kernels".split()]
+    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *core], cwd=HERE).returncode:
+        pytest.skip("the seven files differ from HEAD: do the recipes still apply?")
+    subprocess.run(["git", "apply", "--check", path], cwd=HERE, check=True)
+    added = re.findall(r"^\+(?!\+\+)(.*)", path.read_text(), re.M)
+    assert len(added) <= 25 and max(map(len, added)) <= 100
+    assert f"({path.name})" in (HERE / "recipes/README.md").read_text()
