@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_engine import HybridEngine
 from tools import bench
 
 TINY = "llama:vocab_size=512,hidden_size=64,num_hidden_layers=2,num_attention_heads=4," \
@@ -45,15 +44,6 @@ def test_tokens_are_counted_up_to_the_end_of_each_row():
     prompts = [[1, 2], [3, 4], [5, 6]]
     assert bench.transformers_generate(Model(), prompts, 4, [9]) == 2 + 4 + 1
     assert bench.transformers_generate(Model(), prompts, 4, None) == 12
-
-
-def test_nano_vllms_workload_is_that_of_its_bench():
-    prompts, lengths = bench.nano_vllm_requests(256, 100, 1024, 151936)
-    assert (sum(map(len, prompts)), sum(lengths)) == (142_827, 133_966)
-    engine = HybridEngine(bench.build(TINY, torch.float32), max_batch=2)
-    prompts, lengths = bench.nano_vllm_requests(5, 3, 20, 512)
-    out = bench.generate_lengths(engine, prompts, lengths, 0.6, seed=1)
-    assert out.answer_lens.tolist() == lengths
 
 
 def test_kernels_are_compared_with_pytorch(tmp_path):

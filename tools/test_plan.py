@@ -10,7 +10,6 @@ import torch
 import transformers
 from torch.autograd.graph import saved_tensors_hooks
 
-import ppo
 import utils
 from tools import plan
 
@@ -92,17 +91,6 @@ def test_activations_are_what_autograd_keeps(name, dtype):
     assert plan.kept_bytes(name, 0, 24, dtype.itemsize) == kept[1] - kept[0]
 
 
-def test_what_is_there_all_the_time_is_what_adamw_in_bf16_needs():
-    parts = memory().resident
-    n = plan.Net("opt-1.3b").full
-    bytes_per_weight = {"actor: weights": 2, "reference": 2, "actor: optimizer": 12,
-                        "actor: gradients": 4, "EMA": 4}
-    assert {part: parts[part] / n for part in bytes_per_weight} == bytes_per_weight
-    lora = memory(lora=8)
-    assert lora.resident["reference"] == 0 < parts["reference"]
-    assert lora.resident["actor: optimizer"] < 0.02 * parts["actor: optimizer"]
-
-
 def test_sharding_offload_and_smaller_micro_batches_need_less():
     peaks = [memory(model="opt-6.7b", gpus=8, zero=zero).peak for zero in (1, 2, 3)]
     assert peaks[2] < peaks[1] < peaks[0]
@@ -124,7 +112,6 @@ def test_time_is_work_divided_by_speed():
     whole = seconds()
     assert seconds(gradient_checkpointing=True)["update"] == pytest.approx(4 / 3 * whole["update"])
     assert seconds(mfu=0.25)["score"] == pytest.approx(2 * whole["score"])
-    assert seconds(bandwidth=0.35)["rollout"] > 1.5 * whole["rollout"]
     assert seconds(minibatches=4)["score"] > whole["score"], "old log-probabilities are computed"
     assert whole["gather"] == whole["traffic"] == whole["host"] == 0
     assert seconds(zero=3, gpus=8)["traffic"] > seconds(zero=2, gpus=8)["traffic"] > 0
@@ -146,14 +133,6 @@ def test_a_plan_that_does_not_fit_names_flags_with_which_it_does(capsys):
     assert f"together ${cost:,.0f}" in capsys.readouterr().out
     plan.main(plan.Config(model="opt-175b"))
     assert "no flag makes it fit" in capsys.readouterr().out
-
-
-def test_flags_are_those_of_ppo():
-    fields, theirs = plan.Config.__dataclass_fields__, ppo.Config.__dataclass_fields__
-    for name in fields.keys() & theirs.keys():
-        assert fields[name].type == theirs[name].type, name
-        if name not in ("model", "reward", "max_new_tokens"):
-            assert fields[name].default == theirs[name].default, name
 
 
 def test_every_plan_of_the_readme_fits():
