@@ -424,8 +424,7 @@ def encode_rows(tok, *rows):
 
 
 def load_rows(path, tok, step="sft", split=""):
-    if not dist.is_initialized():
-        utils.init_distributed(0)
+    utils.init_distributed(0)
     return data.load(str(path), step, split, 0.2, tok, ends_of(tok), 512)
 
 
@@ -433,10 +432,9 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city
 PARSED = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "d"}}
 SYSTEM = {"role": "system", "content": "Be brief."}
-RESULT = {"role": "tool", "content": "sun"}
-WEATHER = [U("weather?")]
+ASK = [U("weather?")]
 WHOLE = {  # name: (messages, the answer, the row if it is not these)
-    "plain": ([U("hi there")], A("a plum"), {"prompt": "hi there", "response": "a plum"}),
+    "plain": ([U("hi there")], A("a plum"), None),
     "turns": ([SYSTEM, U("a"), A("b"), U("c")], A("d é 😀"), None),
     "code": ([U("def f(x):\n")], A("    if x:\n\treturn 0\n"), None),
     "empty": ([U("say nothing")], A(""), None),
@@ -444,21 +442,17 @@ WHOLE = {  # name: (messages, the answer, the row if it is not these)
     "inside": ([U("who?"), A("a lit")], A("tle girl"), None),
     "thought": ([U("1 + 1?")], A("<think>\nadd\n</think>\n\n2"), None),
     "field": ([U("1 + 1?")], A("2", reasoning_content="add"), None),
-    "call": (WEATHER, A("", tool_calls=[PARSED]), {"messages": WEATHER + [
-        A(None, tool_calls=[CALL])]}),
-    "old call": (WEATHER, A("", tool_calls=[PARSED]), {"messages": WEATHER + [
+    "call": (ASK, A("", tool_calls=[PARSED]), {"messages": ASK + [A(None, tool_calls=[CALL])]}),
+    "old call": (ASK, A("", tool_calls=[PARSED]), {"messages": ASK + [
         A("", function_call=CALL["function"])]}),
-    "tools": (WEATHER, A("a"), {"prompt": "weather?", "response": "a",
-                                "tools": json.dumps([TOOL])}),
-    "result": ([U("q"), A("l"), RESULT], A("It is sun."), None),
+    "tools": (ASK, A("a"), {"prompt": ASK, "response": "a", "tools": json.dumps([TOOL])}),
+    "result": ([U("q"), A("l"), {"role": "tool", "content": "sun"}], A("It is sun."), None),
 }
 
 
 def row_of(name):
     messages, answer, row = WHOLE[name]
-    if messages[-1]["role"] == "assistant":
-        return {"prompt": messages, "response": answer["content"]}
-    return row or {"messages": messages + [answer]}
+    return row or {"prompt": messages, "response": answer}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -482,13 +476,10 @@ def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(name, row, toks
     whole = tok.apply_chat_template(whole, tools=tools, tokenize=False)
     assert prompt == tok(text, add_special_tokens=False)["input_ids"], "not what it is asked with"
     ids = tok(whole, add_special_tokens=False)["input_ids"]
-    while ids[-1] not in ends and name in ("think", "open", "phi"):
-        ids.pop()  # the line's end behind the last message
-    if name == "phi":
-        ids = ids[:-2]  # <|end|> \n <eos>: the policy stops at the first
-    ids += [ends[0]] * (ids[-1] not in ends)
+    seam = len(os.path.commonprefix([prompt, ids]))
+    first = next(k for k, token in enumerate(ids + ends) if token in ends and k >= seam)
+    ids = (ids + ends)[: first + 1]  # the policy stops at the first
     assert answer_ids[-1] in ends and set(ends).isdisjoint(answer_ids[:-1])
-    assert prompt.count(tok.bos_token_id) == (tok.bos_token_id is not None)
     assert tok.decode(prompt + answer_ids) == tok.decode(ids), "a space too many, or a word lost"
     assert merged == (ids[: len(prompt)] != prompt) == (prompt + answer_ids != ids)
     assert not merged or name in ("open", "phi") or row == "inside", "few rows merge"
@@ -499,7 +490,6 @@ def test_a_token_that_lies_over_the_seam_is_encoded_again_as_a_continuation(toks
     (prompt, (answer,), merged), = encode_rows(tok, row_of("inside"))
     words = tok.convert_ids_to_tokens(prompt[-3:] + answer)
     assert merged and words == ["\u2581a", "\u2581l", "it", "tle", "\u2581girl", "<eos>"]
-    assert tok.convert_ids_to_tokens(tok("a little")["input_ids"])[-1] == "\u2581little"
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -512,7 +502,6 @@ def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
     texts = {"chosen": hh + " yes", "rejected": hh + " no"}
     old = {"user": "human", "assistant": "gpt"}
     sharegpt = [{"from": old.get(m["role"], "system"), "value": m["content"]} for m in talk]
-    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in talk]
     titled = [{**m, "role": m["role"].title(), "tool_calls": [], "thinking": ""} for m in talk]
     rows = [
         {"prompt": talk, **rest}, {"messages": titled, **rest},
@@ -525,7 +514,7 @@ def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
         {"system_prompt": "Be kind.", "history": [["a b c d e f g", "b"]], "question": "c", **rest},
         {**kind, "history": talk[1:3], "instruction": "c", "input": "", "tools": "", **rest},
         {"history": json.dumps(talk[:3]), "prompt": talk, **rest},
-        {**kind, "conversations": sharegpt, **rest}, {"messages": parts, **rest},
+        {**kind, "conversations": sharegpt, **rest},
     ]
     results = encode_rows(toks[name], *rows)
     for row, result in zip(rows, results):
@@ -534,13 +523,11 @@ def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
 
 
 @pytest.mark.parametrize("row", [
-    {"system": "w1", "history": [["w2", "w3"]], "instruction": "w4", "input": "w5", "output": "w6"},
     {"system_prompt": "w1", "question": "w2", "context": "w3", "completion": "w4", "id": "w5"},
     {"messages": [U("w2"), A("w3")], "response": "w4", "system": "w1", "system_prompt": "w6"},
     {"question": "w1", "answer": "w2", "solution": "w3"},
     {"prompt": "w1", "answers": ["w2", "w3"], "ranks": [2, 1], "output": "w4", "scores": ["w5"]},
-    {"prompt": [U("w1"), U("w2")], "chosen": [U("w3"), A("w4")], "rejected": "w5",
-     "history": [["w6", "w7"]]},
+    {"prompt": [U("w1"), U("w2")], "chosen": [U("w3"), A("w4")], "rejected": "w5"},
     {"messages": [U([{"type": "text", "text": "w1 "}, {"type": "text", "text": "w7"}]),
                   A("w3", reasoning_content="w4", tool_calls=[CALL])],
      "tools": [json.dumps({"function": {"name": "w6"}})]},
@@ -553,13 +540,14 @@ def test_every_word_of_a_row_is_taught_or_its_field_is_named(row, toks):
     assert [word for word in words if word not in seen] == []
 
 
-FRUIT = "Name one fruit."
-BEGUN = "\n\nHuman: 2?\n\nAssistant: It is"
+FRUIT = "Name a fruit:"
 QUOTE = "What next?\n\nHuman: hi\n\nAssistant: ho"
 
 
 @pytest.mark.parametrize("template, row, text", [  # "|" between prompt and answer
-    ("{prompt}", {"prompt": "Name a fruit:", "response": " a plum"}, "Name a fruit:| a plum"),
+    ("{prompt}", {"prompt": FRUIT, "response": " a plum"}, f"{FRUIT}| a plum"),
+    ("{prompt}", {"prompt": FRUIT, "response": FRUIT}, f"{FRUIT}| {FRUIT}"),
+    ("{prompt}", {"prompt": FRUIT, "chosen": FRUIT + " a", "rejected": FRUIT}, f"{FRUIT}| a"),
     ("{prompt}", {"prompt": "", "response": "x"}, "<eos>|x"),
     ("{prompt}", {"prompt": "q\n", "response": "x<eos>"}, "q\n|x"),
     ("", {"text": "<eos>x <eos> y"}, "<eos>|x <eos> y"),
@@ -567,11 +555,7 @@ QUOTE = "What next?\n\nHuman: hi\n\nAssistant: ho"
     ("{{x}} 'é' {prompt}\\n\"😀\":", row_of("plain"), "{{x}} 'é' hi there\n\"😀\":| a plum"),
     ("", row_of("result"), "Human: q\nAssistant: l\nHuman: sun\nAssistant:| It is sun."),
     ("", {"prompt": [U("q"), SYSTEM], "response": "a"}, "Human: q\nBe brief.\nAssistant:| a"),
-    ("", {"prompt": BEGUN, "response": BEGUN + " 4."}, "Human: 2?\nAssistant: It is| 4."),
     ("", {"prompt": [U("q"), A("It")], "response": [A("It is")]}, "Human: q\nAssistant: It| is"),
-    ("", {"prompt": f"{FRUIT}\n", "chosen": f"{FRUIT} Plum.", "rejected": f"{FRUIT} No."},
-     f"Human: {FRUIT}\n\nAssistant:| Plum."),
-    ("", {"prompt": FRUIT, "response": FRUIT}, f"Human: {FRUIT}\nAssistant:| {FRUIT}"),
     ("", {"prompt": "hi", "chosen": "hi you", "rejected": "hi"}, "Human: hi\nAssistant:| hi you"),
     ("", {"prompt": QUOTE, "response": "a"}, f"Human: {QUOTE}\nAssistant:| a"),
     ("", {"prompt": "Write.", "response": QUOTE}, f"Human: Write.\nAssistant:| {QUOTE}"),
@@ -592,12 +576,11 @@ def test_a_text_has_one_bos_though_it_may_bring_its_own():
 
 
 def test_the_ids_that_end_an_answer(toks):
-    tok, phi = toks["llama3"], toks["phi"]
+    tok = toks["llama3"]
     eot, eos, start = tok.convert_tokens_to_ids(["<|eot|>", "<eos>", "<|start|>"])
     assert ends_of(tok) == [eot, eos], "the first is what the template writes, and is taught"
     assert ends_of(tok, eos, [start, eot]) == [eot, eos, start], "and those that the model names"
     assert ends_of(tok, 5, [3, eos]) == [eot, eos], "but for the ids of ordinary words"
-    assert ends_of(phi) == phi.convert_tokens_to_ids(["<|end|>", "<eos>"])
     marker = train_tokenizer(PHI_JINJA, ("<|user|>", "<|assistant|>"))
     marker.add_tokens(["<|end|>", "  "])
     assert marker.convert_ids_to_tokens(ends_of(marker)) == ["<|end|>", "<eos>"], "not special"
@@ -666,20 +649,17 @@ def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, t
         assert note in said, said
 
 
-@pytest.mark.parametrize("row, response, ranked", [
-    ({"answers": ["b", "a"], "scores": [-0.5, 7]}, "a", [("a", 1), ("b", 2)]),
-    ({"answers": ["a", "b", "c", "d"], "ranks": [9, 2.5, 9, 2.5]}, "b",
-     [("b", 1), ("d", 1), ("a", 2), ("c", 2)]),
-    ({"answers": ["a", "b", "c"], "ranks": ["10", "9", "2"]}, "c", [("c", 1), ("b", 2), ("a", 3)]),
-    ({"answers": ["a", "b"], "ranks": [1, 2], "response": "d"}, "d", [("a", 1), ("b", 2)]),
-    ({"answers": ["4", "four"]}, None, []),
+@pytest.mark.parametrize("row, ranked", [
+    ({"answers": ["b", "a"], "scores": [-0.5, 7]}, "a1 b2"),
+    ({"answers": ["a", "b", "c", "d"], "ranks": [9, 2.5, 9, 2.5]}, "b1 d1 a2 c2"),
+    ({"answers": ["a", "b", "c"], "ranks": ["10", "9", "2"]}, "c1 b2 a3"),
+    ({"answers": ["4", "four"]}, ""),
 ])
-def test_a_ranking_is_its_answers_best_first_and_ties_share_a_rank(row, response, ranked):
-    example = data.as_example({"prompt": "p", "key": 7, **row})
-    assert example.messages == [U("p")] and example.fields["key"] == 7
+def test_a_ranking_is_its_answers_best_first_and_ties_share_a_rank(row, ranked):
+    example = data.as_example({"prompt": "p", **row})
     said = [answer["content"] for answer in example.said]
-    assert said[:1] == ([] if response is None else [response])
-    assert list(zip(said[-len(example.ranks) :], example.ranks)) == ranked
+    both = zip(said, example.ranks, strict=True)
+    assert " ".join(f"{answer}{rank}" for answer, rank in both) == ranked
 
 
 def all_ids(loaded):
@@ -696,7 +676,6 @@ def as_csv(rows):
 def test_every_kind_of_source_gives_the_same_rows(tmp_path, tok, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [{"prompt": f"word {i}", "response": f"x {i}, \u2028 ü \"\n007"} for i in range(40)]
-    rows[1]["response"] = "NA"  # which is text, whatever pandas thinks
     as_lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     chats = [{**row, "prompt": json.dumps([U(row["prompt"])])} for row in rows]
     files = {"a.jsonl": as_lines, "b.json": json.dumps(rows), "c.jsonl.gz": as_lines + "\n\n",
@@ -742,21 +721,18 @@ def test_a_name_on_the_hub_may_have_a_configuration_a_split_and_a_weight(tok, mo
 
 def test_a_digest_is_of_all_words_and_ranks_of_the_rows(tmp_path, tok):
     rows = [{"prompt": f"p {i}", "chosen": "c", "rejected": "r", "key": i} for i in range(60)]
-    swapped = {"chosen": "r", "rejected": "c"}
     digests = set()
-    for change in ({}, {"prompt": "x"}, {"chosen": "x"}, {"key": "x"}, swapped):
+    for change in ({}, {"prompt": "x"}, {"key": "x"}, {"chosen": "r", "rejected": "c"}):
         path = write_rows(tmp_path / "a.jsonl", rows[:7] + [{**rows[7], **change}] + rows[8:])
         digests.add(load_rows(path, tok, "reward")[0].digest)
-    assert len(digests) == 5
+    assert len(digests) == 4
 
 
 def test_toy_has_the_ids_and_the_split_of_the_second_edition(tok):
     rows = list(itertools.islice(data.read("toy"), 500))
     out = []
-    for row, (prompt, answers, merged) in zip(rows, encode_rows(tok, *rows)):
-        assert not merged
-        out.append([prompt, answers, data.as_example(row).hash])
-    assert rows[0] == {"prompt": "copy zov", "response": "zv", "chosen": "zov", "rejected": "ovz"}
+    for row, ids in zip(rows, encode_rows(tok, *rows), strict=True):
+        out.append([*ids[:2], data.as_example(row).hash])
     digest = hashlib.sha256(json.dumps(out).encode()).hexdigest()
     assert digest == "674004d379248c43fc9b5b3332c98563c5f3f85c2dbc3384aaa3629299c086db"
 
@@ -769,7 +745,7 @@ def test_toy_is_exactly_checkable_and_a_third_of_its_demonstrations_is_wrong():
     assert set(data.toy_correct(prompts, [row["chosen"] for row in rows])) == {1.0}
     assert set(data.toy_correct(prompts, [row["rejected"] for row in rows])) == {0.0}
     for prompt, completion, score in (
-            ("sort cab", " abc\n", 1), ("Q: copy abc A:", "abcc", 0), ("[INST] last abc", "c", 1),
+            ("sort cab", " abc\n", 1), ("Q: copy abc A:", "abcc", 0),
             ("Human: copy abc\nAssistant: abc\nHuman: upper abc\nAssistant:", "ABC", 1),
             ("Human: what is your last name?\nAssistant:", "x", None),
             ("copy this text", "this", None), ("The first time I saw it", "x", None)):
@@ -804,9 +780,8 @@ def test_weights_are_the_shares_of_an_epoch_and_steps_are_counted_in_it(tmp_path
     assert abs((source[order] == 0).mean() - 0.8) < 0.01 and len(set(order)) == len(order)
     assert set(order) != set(later) and len(order) == len(later), "others of the larger source"
     assert 0.6 < np.mean(np.array(held_out.source)[:50] == 0) < 0.97, "evaluated: of both"
-    batches = data.steps(rows, rows.lengths(), 20, 1)
-    first = itertools.takewhile(lambda step: step[0] == 0, batches)
-    assert len(list(first)) == len(order) // 20
+    epochs = [epoch for epoch, _ in itertools.islice(data.steps(rows, rows.lengths(), 20, 1), 40)]
+    assert epochs.count(0) == len(order) // 20
 
 
 def test_an_epoch_has_every_row_once_in_batches_of_like_lengths(toy_file, tok):
@@ -818,16 +793,16 @@ def test_an_epoch_has_every_row_once_in_batches_of_like_lengths(toy_file, tok):
     assert not {frozenset(b) for b in first} & {frozenset(b) for b in second}, "other rows together"
     resumed = data.steps(rows, lengths, 8, 3, start=len(first) + 2)
     assert next(resumed)[1].tolist() == second[2].tolist(), "the position in the data is a number"
-    (_, a), (_, b) = (next(data.steps(rows, lengths, 64, 1, pool=pool)) for pool in (1, 4))
-    assert (np.diff(lengths[a]) < 0).any(), "a rollout is in random order"
-    assert (np.diff(lengths[b]) >= 0).all(), "the others are sorted in pools"
+    _, mixed = next(data.steps(rows, lengths, 64, 1, pool=1))
+    _, alike = next(data.steps(rows, lengths, 64, 1, pool=4))
+    assert (np.diff(lengths[mixed]) < 0).any(), "a rollout is in random order"
+    assert (np.diff(lengths[alike]) >= 0).all(), "the others are sorted in pools"
 
 
 def test_fields_that_are_no_text_travel_beside_the_tokens(tmp_path, tok):
-    lines = [{"prompt": f"p {i}", "response": "x", "id": i, "nums": [i, {"a": "ü"}]}
-             for i in range(100)]
+    lines = [{"prompt": f"p {i}", "response": "x", "id": i} for i in range(100)]
     for line in lines[::3]:
-        del line["nums"]
+        line["nums"] = [line["id"], {"a": "ü"}]
     rows, _ = load_rows(write_rows(tmp_path / "a.jsonl", lines), tok)
     indices = np.arange(len(rows))[::-1]
     fields = rows.columns(indices)
