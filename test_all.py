@@ -23,11 +23,12 @@ import socket
 import subprocess
 import sys
 import time
+import threading
 import traceback
 import types
 import weakref
 from collections import defaultdict
-from multiprocessing import connection
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,8 @@ import torch.multiprocessing as mp
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+
+import transformers
 
 import chat
 import data
@@ -65,9 +68,7 @@ def some(few, all_of_them):
     """Parameters of a test that takes long: few for `make test`, all for `make test-long`."""
     return all_of_them if LONG else few
 
-
-# -----------------------------------------------------------------------------
-# tiny models of every family
+# ---- tiny models of every family ----
 
 KINDS = ("llama", "llama3 rope", "yarn", "mistral", "qwen2", "qwen3", "opt", "opt-350m", "gpt2",
          "gpt_neox", "gpt_neox sequential", "bloom")
@@ -75,8 +76,6 @@ KINDS = ("llama", "llama3 rope", "yarn", "mistral", "qwen2", "qwen3", "opt", "op
 
 def tiny_config(kind, **more):
     """The config of a small model of each kind, with a vocabulary of 97."""
-    import transformers
-
     size = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
                 max_position_embeddings=512)
     llama = dict(size, intermediate_size=100, num_key_value_heads=2)
@@ -108,25 +107,19 @@ def tiny_config(kind, **more):
 def model_of(kind, seed=0, **more):
     """A model of one of KINDS with random weights, larger than an initialisation, so that no wrong
     layer can hide; "<kind> lora": with adapters that are not zero. more: changes to its config."""
-    from transformers import AutoModelForCausalLM
-
     name, _, lora = kind.partition(" lora")
     torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(tiny_config(name, **more)).eval()
+    lm = transformers.AutoModelForCausalLM.from_config(tiny_config(name, **more)).eval()
     with torch.no_grad():
         for p in lm.parameters():
             p.add_(torch.randn_like(p) * (0.1 if p.dim() > 1 else 0.05))
-    if kind.endswith(" lora"):
-        utils.add_lora(lm, 4)
-        for name, p in lm.named_parameters():
-            if "lora_B" in name:
-                p.data.normal_(std=0.1)
+    utils.add_lora(lm, 4 if kind.endswith(" lora") else 0)
+    for layer in lm.modules():
+        if isinstance(layer, utils.LoRA):
+            layer.lora_B.data.normal_(std=0.1)
     return lm
 
-
-# -----------------------------------------------------------------------------
-# prompts, answers, log-probabilities
-
+# ---- prompts, answers, log-probabilities ----
 
 def ragged(lengths, vocab=97, seed=0):
     """Random prompts of these lengths, as lists of token ids."""
@@ -147,10 +140,7 @@ def plain_logprobs(lm, tokens, prompt_len, temperature=1.0):
     answer = torch.tensor(tokens[prompt_len:])
     return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
 
-
-# -----------------------------------------------------------------------------
-# files, engines, runs of scripts
-
+# ---- files, engines, runs of scripts ----
 
 def write_rows(path, rows):
     """A file of JSON lines; returns its path as a string."""
@@ -173,9 +163,7 @@ def engine_of(lm=None, lr=1e-3, eps=1e-8, micro_batches=1, **flags):
 
 
 def load_lm(path, dtype=torch.float32, **entries):
-    from transformers import AutoModelForCausalLM
-
-    return utils.load_model(AutoModelForCausalLM, str(path), dtype, **entries)
+    return utils.load_model(transformers.AutoModelForCausalLM, str(path), dtype, **entries)
 
 
 def train(script, out, **flags):
@@ -196,10 +184,7 @@ def command(*args, stdin=None, cwd=HERE):
                           cwd=cwd, env=as_a_user(), input=stdin)
     return done.returncode, done.stdout + done.stderr
 
-
-# -----------------------------------------------------------------------------
-# two ranks
-
+# ---- two ranks ----
 
 def free_port():
     with socket.socket() as s:
@@ -207,16 +192,16 @@ def free_port():
         return s.getsockname()[1]
 
 
-def serve_calls(rank, port, pipe):
-    """What a rank process does: function after function, until it is killed."""
+def become_rank(rank, port):
+    """What a rank process does first. It ends with the process that started it."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    while True:
-        function, args, kwargs = pipe.recv()
-        try:
-            pipe.send((None, function(*args, **kwargs)))
-        except BaseException:
-            pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
+
+    def watch():
+        mp.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Ranks:
@@ -225,43 +210,30 @@ class Ranks:
     one of the top level, and puts back what it patches. After a failure or a timeout both are
     started anew."""
 
-    def __init__(self):
-        self.ranks = {}  # pipe: process
+    ranks = ()
 
     def start(self):
-        spawn = mp.get_context("spawn")
+        place = mp.get_context("spawn"), become_rank
         port = free_port()
-        for rank in range(2):
-            pipe, end = spawn.Pipe()
-            process = spawn.Process(target=serve_calls, args=(rank, port, end), daemon=True)
-            process.start()
-            end.close()  # so that the pipe ends with the process
-            self.ranks[pipe] = process
+        self.ranks = [futures.ProcessPoolExecutor(1, *place, (rank, port)) for rank in range(2)]
 
     def stop(self):
-        for process in self.ranks.values():
-            process.kill()
-        self.ranks = {}
+        for rank in self.ranks:
+            for process in rank._processes.values():
+                process.kill()
+        self.ranks = ()
 
     def __call__(self, function, *args, timeout=200, **kwargs):
         if not self.ranks:
             self.start()
-        for pipe in self.ranks:
-            pipe.send((function, args, kwargs))
-        results = {}
-        while len(results) < 2:
-            error = "hangs"
-            for pipe in connection.wait(set(self.ranks) - set(results), timeout):
-                try:
-                    error, results[pipe] = pipe.recv()
-                except EOFError:
-                    error = "a rank has died"
-                if error:
-                    break
-            if error:
-                self.stop()
-                pytest.fail(f"{function.__name__}: {error}")
-        return [results[pipe] for pipe in self.ranks]
+        calls = [rank.submit(function, *args, **kwargs) for rank in self.ranks]
+        done, hanging = futures.wait(calls, timeout, futures.FIRST_EXCEPTION)
+        errors = [call.exception() for call in done if call.exception()]
+        if errors or hanging:
+            self.stop()
+            said = "".join(traceback.format_exception(errors[0])) if errors else "hangs"
+            pytest.fail(f"{function.__name__}: {said}")
+        return [call.result() for call in calls]
 
 
 @pytest.fixture(scope="session")
@@ -270,10 +242,7 @@ def two():
     yield ranks
     ranks.stop()
 
-
-# -----------------------------------------------------------------------------
-# what is made once
-
+# ---- what is made once ----
 
 @pytest.fixture(scope="session")
 def tok():
@@ -290,14 +259,12 @@ def toy_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """A model folder smaller than tiny: 2 layers of 64, with the built-in tokenizer."""
-    from transformers import AutoModelForCausalLM
-
     folder = tmp_path_factory.mktemp("small")
     config = utils.tiny_config()
     config.update(dict(hidden_size=64, intermediate_size=100, num_hidden_layers=2,
                        num_attention_heads=4, num_key_value_heads=2, head_dim=16))
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     utils.load_tokenizer("tiny").save_pretrained(folder)
     return str(folder)
 
