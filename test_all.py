@@ -4,7 +4,6 @@ Sections are in the README's order; each test is one sentence.
 Dimension key:  B batch, P prompt, A answer, T = P + A, V vocabulary.
 """
 import contextlib
-import copy
 import dataclasses
 import gzip
 import hashlib
@@ -2556,7 +2555,7 @@ def test_the_learning_rate_warms_up_over_3_percent_of_the_steps_and_falls_to_a_t
 
 # -----------------------------------------------------------------------------
 # 6. the three scripts a second time: float64, row by row, no padding, no micro batches, nothing
-# of ours but the order of the rows. Written from the papers.
+# of ours but the order of the rows and the schedule. Written from the papers.
 
 
 def lm_of(folder):
@@ -2616,46 +2615,17 @@ class Adam:
         return norm
 
 
-def exact_schedule(step, total):
-    """Of sft.py and reward.py, where a run is shorter than 34 steps: one step of warm-up."""
-    if step == 0:
-        return 1.0
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 1) / (total - 1)))
-
-
 def distance(model, other, start):
     """How far apart two models' weights are, as a share of the way from where they started."""
-    apart = moved = 0.0
-    for p, q, s in zip(model.parameters(), other.parameters(), start.parameters()):
-        apart += (p.double() - q.double()).square().sum().item()
-        moved += (q.double() - s.double()).square().sum().item()
-    assert moved > 0
-    return math.sqrt(apart / moved)
+    p, q, s = (torch.cat([x.flatten() for x in m.parameters()]) for m in (model, other, start))
+    return ((p - q).norm() / (q - s).norm()).item()
 
 
-def rows_of_step(source, step, tok, max_len=64):
-    """The rows of a step: (train, held out)."""
-    return data.load(source, step, "", 0.2, tok, [tok.eos_token_id], max_len)
-
-
-def steps_of(rows, batch_size):
-    """Indices of the rows of each step, without end."""
-    for _, indices in data.steps(rows, rows.lengths(), batch_size, 1):
-        yield indices
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """The models that DeepSpeed is given to train, and copies of them as they were then."""
-    pairs = []
-    real = utils.train_engine
-
-    def train_engine(model, *arguments):
-        pairs.append((model, copy.deepcopy(model)))
-        return real(model, *arguments)
-
-    monkeypatch.setattr(utils, "train_engine", train_engine)
-    return pairs
+def rows_of_step(source, step, tok):
+    """The rows of a step: (train, held out, the indices of each batch of 8)."""
+    train, held_out = data.load(source, step, "", 0.2, tok, [tok.eos_token_id], 64)
+    batches = data.steps(train, train.lengths(), 8, 1)
+    return train, held_out, (indices for _, indices in batches)
 
 
 def test_sft_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_path):
@@ -2664,15 +2634,15 @@ def test_sft_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_path)
                     micro_batch=3, lr=1e-3)
     lm = lm_of(start)
     adam = Adam(lm, 1e-8)
-    rows, held_out = rows_of_step(toy_file, "sft", tok)
+    rows, held_out, batches = rows_of_step(toy_file, "sft", tok)
 
     def loss_of(rows, indices):  # over all answer tokens
         logprobs = [exact_logprobs(lm, rows.prompts[i], rows.answers[i][0])[0] for i in indices]
         return -torch.cat(logprobs).mean()
 
-    for step, (row, indices) in enumerate(zip(metrics, steps_of(rows, 8))):
+    for step, (row, indices) in enumerate(zip(metrics, batches)):
         loss = loss_of(rows, indices)
-        lr = 1e-3 * exact_schedule(step, len(metrics))
+        lr = 1e-3 * utils.cosine_schedule(step, len(metrics))
         norm = adam.step(loss, lr)
         assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
@@ -2685,81 +2655,64 @@ def test_sft_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_path)
 
 
 def ranked_rows():
-    """Rows of 2 to 5 ranked answers with ties, and pairs; each prompt is there once."""
+    """Rows of 2 to 5 answers, the best first, with ties; each prompt is there once."""
     for i, row in enumerate(itertools.islice(data.toy(), 160)):
-        right, wrong = row["chosen"], row["rejected"]
-        answers = [wrong, right, right + "ab", "b" + right, wrong + "c"][: 2 + i % 4]
-        new = {"prompt": f"{row['prompt']} {i}", "answers": answers}
-        if i % 8 == 0:
-            new = {"prompt": new["prompt"], "chosen": right, "rejected": wrong}
-        elif i % 2:
-            new["ranks"] = [3, 1, 2, 2, 4][: len(answers)]
-        else:
-            new["scores"] = [0, 2.5, 1, 1, -1][: len(answers)]
-        yield new
+        right = row["chosen"]
+        answers = [right, right + "ab", "b" + right, row["rejected"] + "c", right + "d"]
+        n = 2 + i % 4
+        yield {"prompt": f"{row['prompt']} {i}", "answers": answers[:n],
+               "ranks": [1, 2, 2, 3, 4][:n]}
 
 
-def exact_ranking(model, tok, row):
-    """Scores of the answers of a row of a file, and their ranks; the best answer is first."""
-    answers, ranks = [row.get("chosen"), row.get("rejected")], [1, 2]
-    if "answers" in row:
-        answers, ranks = row["answers"], row.get("ranks") or [-score for score in row["scores"]]
-    scores = []
-    for answer in answers:
-        text = f"Human: {row['prompt']}\nAssistant:" + (" " + answer if answer else "")
-        scores.append(model(tok(text)["input_ids"] + [tok.eos_token_id])[-1])
-    order = sorted(range(len(answers)), key=lambda k: ranks[k])
-    return torch.stack([scores[k] for k in order]), [ranks[k] + 10 for k in order]
-
-
-def test_reward_takes_the_steps_of_a_second_version(chain, tok, tmp_path, started):
+def test_reward_takes_the_steps_of_a_second_version(chain, tok, tmp_path):
     """With 8 rows of a step in micro batches of 3, 3 and 2, so that a wrong weight shows."""
     raw = list(ranked_rows())
     path = write_rows(tmp_path / "rankings.jsonl", raw)
     metrics = train(reward, tmp_path / "reward", **COMMON, model=chain["sft"][0], data=path,
                     epochs=0.3, micro_batch=3, lr=1e-3)
-    [(trained, start)] = started
-    start.lm.config.update({"score_offset": 0.0, "score_scale": 1.0})
-    start.lm.save_pretrained(tmp_path / "start")  # the SFT model's backbone, a random head
+    utils.init_distributed(1)  # the seed of the run: the head is drawn again
+    start = reward.RewardModel.from_lm(chain["sft"][0], torch.float32)
+    start.lm.config.score_offset = 0.0
+    start.lm.save_pretrained(tmp_path / "start")
     model = ExactRewardModel(tmp_path / "start")
     adam = Adam(model.model, 1e-8)
-    rows, held_out = rows_of_step(path, "reward", tok)
+    rows, held_out, batches = rows_of_step(path, "reward", tok)
     by_prompt = {f"Human: {row['prompt']}\nAssistant:": row for row in raw}
 
-    def ranked(rows, i):
-        return exact_ranking(model, tok, by_prompt[tok.decode(rows.prompts[i])])
-
-    for step, (row, indices) in enumerate(zip(metrics, steps_of(rows, 8))):
-        margins = []
-        levels = []
+    def judge(rows, indices):
+        """For each row: its scores and the margins of its comparisons."""
         for i in indices:
-            scores, ranks = ranked(rows, i)
-            margins.append(torch.stack(pairs_by_hand(scores, ranks)))
-            levels.append(2 * scores.mean())
-        loss = torch.stack([torch.log1p((-m).exp()).mean() for m in margins]).mean()
-        centering = 0.003 * torch.stack(levels).square().mean()  # Eisenstein et al. 2023
-        lr = 1e-3 * exact_schedule(step, len(metrics))
-        norm = adam.step(loss + centering, lr)
-        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
-        margin = np.mean([m.mean().item() for m in margins])
-        assert row["margin"] == pytest.approx(margin, rel=1e-3, abs=1e-5)
-        accuracy = np.mean([(m > 0).double().mean() for m in margins])
-        assert row["accuracy"] == pytest.approx(accuracy, abs=1e-6)
-        assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
-        assert row["lr"] == pytest.approx(lr)
-    assert len(metrics) == 4
-    assert distance(trained.lm, model.model, start.lm) < 1e-3
+            prompt = tok.decode(rows.prompts[i])
+            row = by_prompt[prompt]
+            texts = [f"{prompt} {answer}" for answer in row["answers"]]
+            scores = [model(tok(text)["input_ids"] + [tok.eos_token_id])[-1] for text in texts]
+            yield torch.stack(scores), torch.stack(pairs_by_hand(scores, row["ranks"]))
 
-    with torch.no_grad():
-        held = [pairs_by_hand(*ranked(held_out, i)) for i in range(len(held_out))]
-        known = [ranked(rows, i)[0] for i in range(len(rows))]
-    accuracy = np.mean([np.mean([margin > 0 for margin in row]) for row in held])
-    assert metrics[-1]["held_out_accuracy"] == pytest.approx(accuracy, abs=1e-5)
-    losses = [np.mean([math.log1p(math.exp(-margin)) for margin in row]) for row in held]
-    assert metrics[-1]["held_out_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    def compare(judged, found, prefix=""):
+        """Returns the loss."""
+        margins = [m for _, m in judged]
+        loss = torch.stack([torch.log1p((-m).exp()).mean() for m in margins]).mean()
+        margin = np.mean([m.mean().item() for m in margins])
+        accuracy = np.mean([(m > 0).double().mean() for m in margins])
+        assert found[f"{prefix}loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert found[f"{prefix}margin"] == pytest.approx(margin, rel=1e-3, abs=1e-5)
+        assert found[f"{prefix}accuracy"] == pytest.approx(accuracy, abs=1e-5)
+        return loss
+
+    for step, (row, indices) in enumerate(zip(metrics, batches)):
+        judged = list(judge(rows, indices))
+        levels = torch.stack([2 * scores.mean() for scores, _ in judged])
+        loss = compare(judged, row) + 0.003 * levels.square().mean()  # Eisenstein et al. 2023
+        lr = 1e-3 * utils.cosine_schedule(step, len(metrics))
+        assert row["grad_norm"] == pytest.approx(adam.step(loss, lr), rel=1e-4)
+    assert len(metrics) == 4
     saved = ExactRewardModel(tmp_path / "reward")
+    assert distance(saved.model, model.model, start.lm) < 1e-3
+    with torch.no_grad():
+        compare(list(judge(held_out, range(len(held_out)))), metrics[-1], "held_out_")
+        known = [scores for scores, _ in judge(rows, range(len(rows)))]
     best = np.mean([scores[0].item() for scores in known])
-    assert saved.offset == pytest.approx(best, abs=1e-4), "the best answer, the first of equals"
+    assert saved.offset == pytest.approx(best, abs=1e-4)
     assert saved.scale == pytest.approx(1 / torch.cat(known).std(unbiased=False).item(), rel=1e-3)
 
 
@@ -2770,15 +2723,12 @@ EXACT = dict(
 RULES = """
 def letters(completions):  # it abstains on long answers
     return [len(c) if len(c) < 8 else None for c in completions]
-
-def a(prompts):
-    return [prompt.count("a") for prompt in prompts]
 """
 
 
 class ExactPPO:
-    """PPO on given answers. A row is prompt ids, answer ids, and a mask (a,) of the answer's tokens
-    that the policy sampled; all numbers below are of sampled tokens."""
+    """PPO on given answers. A row has prompt ids, answer ids, and a mask (a,) of the answer's
+    tokens that the policy sampled; all other tensors are of sampled tokens."""
 
     def __init__(self, sft_folder, reward_folder, tok):
         self.actor = lm_of(sft_folder)
@@ -2790,79 +2740,69 @@ class ExactPPO:
         self.critic_adam = Adam(self.critic.model, 1e-5)
         self.tok = tok
 
-    def logprobs(self, lm, prompt, answer, mask):
-        logprobs, entropy = exact_logprobs(lm, prompt, answer, EXACT["temperature"])
-        return logprobs[mask], entropy[mask]
+    def logprobs(self, lm, row):
+        both = exact_logprobs(lm, row.prompt, row.answer, EXACT["temperature"])
+        return [x[row.mask] for x in both]
 
-    def values(self, prompt, answer, mask):
+    def values(self, row):
         """The critic's, of the state before each token."""
-        return self.critic(prompt + answer)[len(prompt) - 1 : -1][mask]
+        return self.critic(row.prompt + row.answer)[len(row.prompt) - 1 : -1][row.mask]
 
-    def letters(self, answer):
+    def letters(self, row):
         """The second reward: None or the number of letters, of all tokens but the last end."""
-        ended = answer[-1] == self.tok.eos_token_id
-        count = len(self.tok.decode(answer[:-1] if ended else answer))
+        count = len(self.tok.decode([x for x in row.answer if x != self.tok.eos_token_id]))
         return count if count < 8 else None
 
     def first_evaluation(self, rows):
-        letters = [self.letters(answer) for _, answer, _ in rows]
-        judged = [n for n in letters if n is not None]
-        assert 5 < len(judged) < len(letters)
-        self.mean, self.std = np.mean(judged), np.std(judged, ddof=1)
+        judged = [n for n in map(self.letters, rows) if n is not None]
+        assert 5 < len(judged) < len(rows)
+        self.mean = np.mean(judged)
+        self.std = np.std(judged, ddof=1)
 
     @torch.no_grad()
     def judge(self, rows):
-        """What each token was worth. Keeps a list for every quantity, an entry per row, and
-        returns what is logged."""
-        self.old_logprobs = []
-        self.old_values = []
-        self.advantages = []
+        """What each token was worth. Returns what is logged."""
         scores = []
-        kls = []
-        for prompt, answer, mask in rows:
-            logprobs, _ = self.logprobs(self.actor, prompt, answer, mask)
-            ref_logprobs, _ = self.logprobs(self.ref, prompt, answer, mask)
-            values = self.values(prompt, answer, mask)
-            score = self.reward_model(prompt + answer)[-1].item()
-            letters = self.letters(answer)
+        for row in rows:
+            row.old_logprobs, _ = self.logprobs(self.actor, row)
+            row.old_values = self.values(row)
+            log_ratio = row.old_logprobs - self.logprobs(self.ref, row)[0]
+            row.kl = log_ratio.sum().item()
+            score = self.reward_model(row.prompt + row.answer)[-1].item()
+            letters = self.letters(row)
             scores.append(score + 0.3 * (letters or 0))
             if letters is not None:
                 score += 0.3 * (letters - self.mean) / self.std
-            log_ratio = logprobs - ref_logprobs
+            if row.answer[-1] != self.tok.eos_token_id:
+                score -= 1
             rewards = (-EXACT["kl_coef"] * log_ratio).tolist()
-            penalty = 0.0 if answer[-1] == self.tok.eos_token_id else 1.0
-            rewards[-1] += min(max(score - penalty, -5.0), 5.0)
-            advantages = naive_gae(values.tolist(), rewards, gamma=1.0, lam=0.95)
-            self.old_logprobs.append(logprobs)
-            self.old_values.append(values)
-            self.advantages.append(torch.tensor(advantages, dtype=torch.float64))
-            kls.append(log_ratio.sum().item())
-        self.returns = [a + v for a, v in zip(self.advantages, self.old_values)]
-        raw = torch.cat(self.advantages)
-        std = raw.std(unbiased=False)
-        self.advantages = [(a - raw.mean()) / std for a in self.advantages]
-        returns = torch.cat(self.returns)
-        errors = torch.cat(self.old_values) - returns
+            rewards[-1] += min(max(score, -5.0), 5.0)
+            advantages = naive_gae(row.old_values.tolist(), rewards, gamma=1.0, lam=0.95)
+            row.advantages = torch.tensor(advantages, dtype=torch.float64)
+            row.returns = row.advantages + row.old_values
+        raw = torch.cat([row.advantages for row in rows])
+        for row in rows:
+            row.advantages = (row.advantages - raw.mean()) / raw.std(unbiased=False)
+        returns = torch.cat([row.returns for row in rows])
+        errors = torch.cat([row.old_values for row in rows]) - returns
         return {
             "score": np.mean(scores),
             "score_std": np.std(scores, ddof=1),
-            "score_a": np.mean([self.tok.decode(prompt).count("a") for prompt, _, _ in rows]),
-            "kl": np.mean(kls),
+            "kl": np.mean([row.kl for row in rows]),
             "advantage_mean": raw.mean().item(),
             "advantage_std": raw.std().item(),
             "explained_variance": 1 - (errors.var() / returns.var()).item(),
         }
 
-    def token_losses(self, i, prompt, answer, mask):
-        """Of row i: the losses of its tokens, and what is logged of them."""
-        logprobs, entropy = self.logprobs(self.actor, prompt, answer, mask)
-        ratio = (logprobs - self.old_logprobs[i]).exp()
-        advantages = self.advantages[i]
-        gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-        values = self.values(prompt, answer, mask)
-        change = values - self.old_values[i]
-        clipped = self.old_values[i] + change.clamp(-0.2, 0.2)
-        errors = [(v - self.returns[i]).square() for v in (values, clipped)]
+    def token_losses(self, row):
+        """The losses of a row's tokens, and what is logged of them."""
+        logprobs, entropy = self.logprobs(self.actor, row)
+        ratio = (logprobs - row.old_logprobs).exp()
+        gain = torch.minimum(ratio * row.advantages, ratio.clamp(0.8, 1.2) * row.advantages)
+        values = self.values(row)
+        change = values - row.old_values
+        clipped = row.old_values + change.clamp(-0.2, 0.2)
+        errors = [(v - row.returns).square() for v in (values, clipped)]
         return {
             "actor_loss": -gain,
             "critic_loss": torch.maximum(*errors) / 2,
@@ -2873,48 +2813,39 @@ class ExactPPO:
             "value_clip_frac": (change.abs() > 0.2).double(),
         }
 
-    def step(self, rows, indices, texts, lr_scale):
-        """One optimizer step of actor and critic; texts: the mixture's rows. Returns the losses and
-        what is logged of all its tokens, and the norms of the gradients."""
-        parts = [self.token_losses(i, *rows[i]) for i in indices]
-        tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        text_logprobs = torch.cat([exact_logprobs(self.actor, *text)[0] for text in texts])
-        actor_loss = tokens["actor_loss"].mean() - EXACT["ptx_coef"] * text_logprobs.mean()
-        actor_norm = self.actor_adam.step(actor_loss, EXACT["actor_lr"] * lr_scale)
-        critic_loss = tokens["critic_loss"].mean()
-        critic_norm = self.critic_adam.step(critic_loss, EXACT["critic_lr"] * lr_scale)
-        with torch.no_grad():
-            for average, p in zip(self.ema.parameters(), self.actor.parameters()):
-                average.mul_(EXACT["ema"]).add_(p * (1 - EXACT["ema"]))
-        return tokens, (actor_norm, critic_norm)
-
     def iteration(self, number, rows, texts):
-        """Returns its metrics. texts: a generator of the mixture's rows for each step."""
+        """Two epochs of two optimizer steps of actor and critic. Returns its metrics. texts: a
+        generator of the mixture's rows for each step."""
         lr_scale = 1 - (number - 1) / EXACT["iterations"]
         metrics = self.judge(rows)
-        steps = []
-        for epoch in range(EXACT["ppo_epochs"]):
-            order = np.arange(len(rows))
-            if epoch > 0:
-                order = np.random.default_rng([1, number, epoch]).permutation(len(rows))
-            for indices in np.split(order, EXACT["minibatches"]):
-                tokens, norms = self.step(rows, indices, next(texts), lr_scale)
-                steps.append(tokens)
-        for name in steps[0]:
-            metrics[name] = torch.cat([tokens[name] for tokens in steps]).mean().item()
-        metrics["ratio_max"] = max(tokens["ratio_mean"].max().item() for tokens in steps)
-        metrics["actor_grad_norm"], metrics["critic_grad_norm"] = norms  # of the last step
-        metrics["actor_lr"] = EXACT["actor_lr"] * lr_scale
+        seen = []
+        shuffled = np.random.default_rng([1, number, 1]).permutation(len(rows))
+        for indices in np.split(np.r_[: len(rows), shuffled], 4):
+            parts = [self.token_losses(rows[i]) for i in indices]
+            seen += parts
+            actor_loss = torch.cat([part["actor_loss"] for part in parts]).mean()
+            critic_loss = torch.cat([part["critic_loss"] for part in parts]).mean()
+            text = torch.cat([exact_logprobs(self.actor, *row)[0] for row in next(texts)])
+            actor_loss = actor_loss - EXACT["ptx_coef"] * text.mean()
+            actor_norm = self.actor_adam.step(actor_loss, EXACT["actor_lr"] * lr_scale)
+            critic_norm = self.critic_adam.step(critic_loss, EXACT["critic_lr"] * lr_scale)
+            with torch.no_grad():
+                for average, p in zip(self.ema.parameters(), self.actor.parameters()):
+                    average.lerp_(p, 1 - EXACT["ema"])
+        for name in seen[0]:
+            metrics[name] = torch.cat([part[name] for part in seen]).mean().item()
+        metrics["ratio_max"] = max(part["ratio_mean"].max().item() for part in seen)
+        metrics["actor_grad_norm"] = actor_norm  # of the last step
+        metrics["critic_grad_norm"] = critic_norm
         return metrics
 
 
 def token_rows(batch):
-    """A Batch's rows as (prompt ids, answer ids, mask)."""
-    rows = []
-    spans = zip(batch.tokens.tolist(), batch.prompt_lens.tolist(), batch.answer_lens.tolist())
-    for (tokens, p, a), mask in zip(spans, batch.mask):
-        rows.append((tokens[:p], tokens[p : p + a], mask[:a]))
-    return rows
+    """A Batch's rows for ExactPPO."""
+    spans = zip(batch.tokens.tolist(), batch.prompt_lens.tolist(), batch.lengths.tolist())
+    return [SimpleNamespace(prompt=tokens[:start], answer=tokens[start:stop],
+                            mask=mask[: stop - start])
+            for (tokens, start, stop), mask in zip(spans, batch.mask)]
 
 
 def texts_of_many_lengths():
@@ -2937,46 +2868,36 @@ def record_rollouts(monkeypatch, change=lambda batch: None):
     return calls
 
 
-def test_ppo_takes_the_steps_of_a_second_version(
-        chain, toy_file, tok, tmp_path, started, monkeypatch):
+def test_ppo_takes_the_steps_of_a_second_version(chain, toy_file, tok, tmp_path, monkeypatch):
     """Two iterations of two epochs of two minibatches, each in micro batches of 3, 3 and 2, with a
-    reward model, a function that abstains, one that is only logged, a mixture and an EMA. In the
-    last rollout the second, fifth, ... token of each answer is not the policy's."""
-    rollouts = []
-
+    reward model, a function that abstains, a mixture and an EMA. In the second rollout the second,
+    fifth, ... token of each answer is not the policy's."""
     def punch_holes(batch):
-        if len(batch.tokens) == EXACT["batch_size"]:  # and not an evaluation
-            rollouts.append(batch)
-            if len(rollouts) == EXACT["iterations"]:
-                batch.mask &= torch.arange(batch.mask.size(1)) % 3 != 1
+        if len(calls) == 4:  # there is an evaluation before each rollout
+            batch.mask &= torch.arange(batch.mask.size(1)) % 3 != 1
 
     calls = record_rollouts(monkeypatch, punch_holes)
     monkeypatch.setattr(ppo, "STOP_KL", 1e9)
     rules = tmp_path / "rules.py"
     rules.write_text(RULES)
-    sft_folder, reward_folder = chain["sft"][0], chain["reward"][0]
+    start, reward_folder = chain["sft"][0], chain["reward"][0]
     text = write_rows(tmp_path / "text.jsonl", texts_of_many_lengths())
     metrics = train(
-        ppo, tmp_path / "ppo", **EXACT, held_out=0.2, max_len=64, data=toy_file, model=sft_folder,
-        ptx_data=text, reward=f"{reward_folder},{rules}:letters:0.3,{rules}:a:0")
-    (actor, actor_start), (critic, critic_start) = started
-    assert len(rollouts) == EXACT["iterations"]
+        ppo, tmp_path / "ppo", **EXACT, held_out=0.2, max_len=64, data=toy_file, model=start,
+        ptx_data=text, reward=f"{reward_folder},{rules}:letters:0.3")
 
-    second = ExactPPO(sft_folder, reward_folder, tok)
+    second = ExactPPO(start, reward_folder, tok)
     second.first_evaluation(token_rows(calls[0][1]))
-    rows, _ = rows_of_step(text, "sft", tok)
-    texts = ([(rows.prompts[i], rows.answers[i][0]) for i in indices]
-             for indices in steps_of(rows, EXACT["batch_size"] // EXACT["minibatches"]))
-    for number, batch in enumerate(rollouts, 1):
+    rows, _, batches = rows_of_step(text, "sft", tok)
+    texts = ([(rows.prompts[i], rows.answers[i][0]) for i in indices] for indices in batches)
+    for number, batch in ((1, calls[1][1]), (2, calls[3][1])):
         expected = second.iteration(number, token_rows(batch), texts)
         for name, value in expected.items():
             assert metrics[number][name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
         assert expected["clip_frac"] > 0.02, "the clip has something to do"
         assert expected["value_clip_frac"] > 0.02
-    assert distance(actor.lm, second.actor, actor_start.lm) < 1e-4
-    assert distance(critic.lm, second.critic.model, critic_start.lm) < 1e-4
-    assert distance(lm_of(tmp_path / "ppo"), second.actor, actor_start.lm) < 1e-4
-    assert distance(lm_of(tmp_path / "ppo" / "ema"), second.ema, actor_start.lm) < 1e-4
+    assert distance(lm_of(tmp_path / "ppo"), second.actor, lm_of(start)) < 1e-4
+    assert distance(lm_of(tmp_path / "ppo" / "ema"), second.ema, lm_of(start)) < 1e-4
 
 
 # -----------------------------------------------------------------------------
