@@ -49,6 +49,8 @@ def flags_of(step, cfg):
     }
     if cfg.data == "toy":
         models["ppo"][-1] += ",data.py:toy_correct:0"  # logged, and nothing is trained on it
+    if cfg.data == "toy" and not cfg.model:  # half the tokens of the built-in template
+        models["sft"] += ["--template", "{prompt} ="]
     split = ["--split", cfg.split] if cfg.split else []
     return [*models[step], "--data", cfg.data, *split, "--out", f"{cfg.out}/{step}",
             "--seed", str(cfg.seed), *shlex.split(getattr(cfg, f"{step}_flags"))]
