@@ -1804,19 +1804,13 @@ def check_logprobs(out, lm, temperature=1.0):
         assert (out.logprobs[i, len(want) :] == 0).all()
 
 
-@pytest.mark.parametrize("lora", ["", " lora"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_greedy_output_is_that_of_transformers_token_for_token(kind, lora):
-    lm = model_of(kind + lora)
-    lengths = (1, 3, 3, 17, 40, 90)
-    prompts = ragged(lengths)
-    engine = HybridEngine(lm, max_batch=4)
-    out = engine.generate(prompts, 24, temperature=0)
-    ends = [int(out.tokens[i, lengths[i] + 4]) for i in (2, 3)]  # so that some answers end early
-    out = engine.generate(prompts, 24, temperature=0, eos_token_id=ends)
-    assert len(set(out.answer_lens.tolist())) > 1, "answers end at different places"
-    for prompt, row in zip(prompts, rows_of(out)):
-        assert row == transformers_greedy(lm, prompt, 24, ends), f"prompt of {len(prompt)} tokens"
+@pytest.mark.parametrize("kind", [*KINDS, "llama lora", "gpt2 lora", "bloom lora"])
+def test_greedy_output_is_that_of_transformers_token_for_token(kind):
+    lm = model_of(kind)
+    prompts = ragged((1, 3, 3, 17, 40, 90))
+    ends = list(range(6, 20))
+    out = HybridEngine(lm, max_batch=4).generate(prompts, 24, temperature=0, eos_token_id=ends)
+    assert rows_of(out) == [transformers_greedy(lm, prompt, 24, ends) for prompt in prompts]
     check_logprobs(out, lm)
 
 
@@ -1824,40 +1818,27 @@ def vector_of_weights(lm):
     return torch.nn.utils.parameters_to_vector(lm.parameters()).detach().clone()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "llama lora", "gpt2 lora"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama lora"])
 def test_the_engine_follows_every_optimizer_step_and_never_changes_a_weight(kind):
     lm = model_of(kind)
     optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=0.02)
     engine = HybridEngine(lm)
     prompts = ragged((3, 9, 5))
     ids = torch.tensor([prompts[1]])
-    before = None
+    outputs = []
     for _ in range(3):
-        optimizer.zero_grad()
+        weights = vector_of_weights(lm)
+        outputs.append(rows_of(engine.generate(prompts, 12, temperature=0)))
+        assert outputs[-1] == [transformers_greedy(lm, prompt, 12) for prompt in prompts]
+        assert torch.equal(vector_of_weights(lm), weights), "no weight changes by one bit"
         lm(ids, labels=ids).loss.backward()
         optimizer.step()
-        weights = vector_of_weights(lm)
-        rows = rows_of(engine.generate(prompts, 12, temperature=0))
-        assert rows == [transformers_greedy(lm, prompt, 12) for prompt in prompts]
-        assert torch.equal(vector_of_weights(lm), weights), "no weight changes by one bit"
-        assert rows != before, "the steps were large enough to change the output"
-        before = rows
-        engine.release()
+    assert outputs[0] != outputs[1] != outputs[2], "the steps were large enough to change tokens"
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "opt-350m", "gpt2", "bloom"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt-350m", "gpt2", "bloom"])
 def test_weights_are_read_by_reference_and_one_product_has_the_projections(kind, monkeypatch):
     lm = model_of(kind)
-    weights = vector_of_weights(lm)
-    engine = HybridEngine(lm)
-    want = engine.generate(ragged((3,)), 2, temperature=0)
-    assert torch.equal(vector_of_weights(lm), weights)
-    storages = {p.untyped_storage().data_ptr() for p in lm.parameters()}
-    for x in engine.decoder.weights:
-        assert x.untyped_storage().data_ptr() in storages, f"a copy of {tuple(x.shape)}"
-    read = sum(x.numel() for x in engine.decoder.weights)
-    assert read == len(weights), "all of them, each once"
-
     products = []
 
     def counted(function):
@@ -1865,29 +1846,25 @@ def test_weights_are_read_by_reference_and_one_product_has_the_projections(kind,
 
     for name in ("linear", "linear_activation"):
         monkeypatch.setattr(kernels, name, counted(getattr(kernels, name)))
-    for p in lm.parameters():  # as module.to(device) does: the neighbours are apart
-        p.data = p.data.clone()
-    got = engine.generate(ragged((3,)), 2, temperature=0)  # a prefill and a step
-    assert torch.equal(got.tokens, want.tokens)
+    engine = HybridEngine(lm)
+    engine.generate(ragged((3,)), 2)  # a prefill and a step
+    storages = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    for x in engine.decoder.weights:
+        assert x.untyped_storage().data_ptr() in storages, f"a copy of {tuple(x.shape)}"
+    assert sum(x.numel() for x in engine.decoder.weights) == len(vector_of_weights(lm))
     ends = 3 if kind == "opt-350m" else 1
     assert len(products) == 2 * (4 * 3 + ends), "q, k, v; out; gate and up; down; and the ends"
 
 
 def test_the_projections_of_a_deepspeed_engine_are_neighbours_too():
-    utils.init_distributed(0)
-    lm = model_of("opt").bfloat16()  # whose parameters stand in ZeRO's buffer as k, v, q
-    trained = utils.train_engine(sft.Policy(lm), 1e-2, 2, 1, sft.Config(zero=2, dtype="bf16"))
-    engine = HybridEngine(trained)
-    for _ in range(2):
-        engine.generate(ragged((3, 9)), 4)
-        for layer, module in zip(engine.decoder.layers, lm.model.decoder.layers, strict=True):
-            for name, columns in zip("qkv", layer.qkv.columns, strict=True):
-                linear = getattr(module.self_attn, f"{name}_proj")
-                assert layer.qkv.joint.weight[columns].data_ptr() == linear.weight.data_ptr()
-                assert layer.qkv.joint.bias[columns].data_ptr() == linear.bias.data_ptr()
-        logprobs, _ = trained(torch.tensor(ragged((6,))), torch.tensor([2]), torch.tensor([4]))
-        trained.backward(-logprobs.mean())
-        utils.step(trained)
+    lm = model_of("opt")  # whose parameters stand in ZeRO's buffer as k, v, q
+    engine = HybridEngine(engine_of(lm, zero=2, dtype="bf16"))
+    engine.generate(ragged((3, 9)), 4)
+    for layer, module in zip(engine.decoder.layers, lm.model.decoder.layers):
+        for name, columns in zip("qkv", layer.qkv.columns, strict=True):
+            linear = getattr(module.self_attn, f"{name}_proj")
+            assert layer.qkv.joint.weight[columns].data_ptr() == linear.weight.data_ptr()
+            assert layer.qkv.joint.bias[columns].data_ptr() == linear.bias.data_ptr()
 
 
 # -----------------------------------------------------------------------------
