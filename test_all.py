@@ -1917,7 +1917,7 @@ def test_answers_to_one_prompt_share_its_prefill_and_differ():
     check_logprobs(out, lm)
 
 
-@pytest.mark.parametrize("kind", ["opt", "opt lora", "gpt_neox"])  # tied, adapted, untied
+@pytest.mark.parametrize("kind", ["opt", "gpt_neox"])  # tied, untied
 def test_ids_without_a_word_are_never_sampled_and_have_no_probability(kind):
     lm = model_of(kind)
     lm.config.num_words = 90  # of 97
@@ -1926,40 +1926,29 @@ def test_ids_without_a_word_are_never_sampled_and_have_no_probability(kind):
         head[90:] = 10 * head[:7]  # greedy would often take one of them
     prompts = ragged((3, 9, 5), vocab=90)
     policy = sft.Policy(lm)
-    greedy = [make_engine(name, policy).generate(prompts, 20, temperature=0)
-              for name in ("hybrid", "hf")]
-    assert rows_of(greedy[0]) == rows_of(greedy[1])
-    for engine in (HybridEngine(policy), HFEngine(policy)):
-        out = engine.generate(prompts, 60, temperature=2.0, seed=4)
+    for name in ("hybrid", "hf"):
+        out = make_engine(name, policy).generate(prompts, 60, temperature=2.0, seed=4)
         assert out.tokens.max() < 90
         logprobs, _ = policy(out.tokens, out.prompt_lens, out.answer_lens, 2.0)
         assert_near(out.logprobs, logprobs)
-    if kind == "gpt_neox":
-        logprobs.sum().backward()
-        gradient = head.grad.abs().sum(1)
-        assert (gradient[90:] == 0).all() and (gradient[:90] > 0).all()
 
 
 def test_the_slow_path_has_the_same_interface_and_the_same_greedy_tokens():
-    lm = model_of("gpt2")
-    policy = sft.Policy(lm)
+    lm = model_of("llama")
     prompts = ragged((4, 11, 1))
-    slow = make_engine("hf", policy)
-    call = dict(temperature=0, eos_token_id=[7, 20])
-    want = make_engine("hybrid", policy).generate(prompts, 12, **call)
-    got = slow.generate(prompts, 12, **call)
-    for name in ("tokens", "prompt_lens", "answer_lens", "sampled"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-    assert_near(got.logprobs, want.logprobs)
-    call = dict(temperature=0.7, seed=4, eos_token_id=list(range(6, 20)))
-    first = slow.generate(prompts, 12, **call)
-    assert len(set(first.answer_lens.tolist())) > 1
-    check_logprobs(first, lm, 0.7)
+    ends = list(range(6, 20))
+    want = HybridEngine(lm).generate(prompts, 12, temperature=0, eos_token_id=ends)
     # Whatever the model is set to, it is the trained distribution that is sampled.
     lm.generation_config.update(repetition_penalty=3.0, min_length=20)
     lm.gradient_checkpointing_enable()
     lm.train()
-    assert torch.equal(first.tokens, slow.generate(prompts, 12, **call).tokens)
+    slow = HFEngine(sft.Policy(lm))
+    got = slow.generate(prompts, 12, temperature=0, eos_token_id=ends)
+    for name in ("tokens", "prompt_lens", "answer_lens", "sampled", "logprobs"):
+        assert_near(getattr(got, name), getattr(want, name))
+    sampled = slow.generate(prompts, 12, temperature=0.7, seed=4)
+    check_logprobs(sampled, lm, 0.7)
+    assert torch.equal(sampled.tokens, slow.generate(prompts, 12, 0.7, seed=4).tokens)
     assert lm.training and lm.generation_config.repetition_penalty == 3.0
 
 
