@@ -1973,14 +1973,12 @@ def with_graphs(lm, **limits):
     return engine
 
 
-@pytest.mark.parametrize("kind, max_batch", [("llama", 12), ("bloom", 24)])
-def test_steps_of_few_sizes_give_every_row_the_same_tokens(kind, max_batch, graphs_on_a_cpu,
-                                                           monkeypatch):
-    lm = model_of(kind)
+def test_steps_of_few_sizes_give_every_row_the_same_tokens(graphs_on_a_cpu, monkeypatch):
+    lm = model_of("llama")
     prompts = ragged([1 + i % 13 for i in range(40)])
     call = dict(eos_token_id=[7, 8, 9], seed=3, temperature=1.3)
     want = HybridEngine(lm).generate(prompts, 20, **call)
-    engine = with_graphs(lm, max_batch=max_batch)
+    engine = with_graphs(lm, max_batch=12)
     read = []
     waiting_at_moves = []
     attention, move = kernels.decode_attention, hybrid_engine.KVCache.move
@@ -1991,13 +1989,12 @@ def test_steps_of_few_sizes_give_every_row_the_same_tokens(kind, max_batch, grap
     got = engine.generate(prompts, 20, **call)
     assert rows_of(got) == rows_of(want)
     assert_near(got.logprobs, want.logprobs)
-    # Each answer but its first token was decoded once, and read the tokens before it.
     pairs = zip(got.prompt_lens.tolist(), got.answer_lens.tolist())
-    keys = sum(sum(range(p + 1, p + a)) for p, a in pairs)
+    keys = sum(sum(range(p + 1, p + a)) for p, a in pairs)  # an answer's first token is of prefill
     assert sum(read) == 3 * keys, "rows that have ended read no keys, in each of three layers"
     assert waiting_at_moves, "in the end rows move, so that smaller graphs serve the rest"
     assert not any(waiting_at_moves), "but not while a prompt is waiting"
-    assert {n for n, *_ in engine.graphs.graphs} <= {1, 8, max_batch}
+    assert {n for n, *_ in engine.graphs.graphs} <= {1, 8, 12}
     engine.cache.slots = torch.arange(200)
     sizes = [engine.step_size(n) for n in range(1, 201)]
     assert sorted(set(sizes)) == [1, 8, 64, 128, 192, 200]
@@ -2016,7 +2013,6 @@ def test_graphs_live_over_rollouts_until_a_tensor_that_they_use_has_moved(graphs
         return dict(engine.graphs.graphs)
 
     first = graphs()
-    assert len(first) == 1, "the first step of a size runs as it is, then it is captured"
     with torch.no_grad():
         for p in lm.parameters():
             p -= 0.01
@@ -2024,28 +2020,24 @@ def test_graphs_live_over_rollouts_until_a_tensor_that_they_use_has_moved(graphs
     assert graphs((3, 1)) == first, "nor does a smaller rollout"
     monkeypatch.setattr(engine, "may_stay", lambda: True)
     engine.release()
-    assert engine.decoder.layers is None and graphs() == first, "where the cache may stay"
+    assert graphs() == first, "where the cache may stay"
+    norm = lm.model.layers[1].input_layernorm
+    norm.weight.data = norm.weight.data.clone()
+    assert graphs() != first
     monkeypatch.setattr(engine, "may_stay", lambda: False)
     engine.release()
     assert engine.cache is None and not engine.graphs.graphs
-    after_release = graphs()
-    assert after_release != first and after_release.keys() == first.keys()
-    norm = lm.model.layers[1].input_layernorm
-    norm.weight.data = norm.weight.data.clone()
-    assert graphs() != after_release
 
 
 def test_the_cache_stays_where_it_fits_beside_the_peak_of_training(monkeypatch):
     engine = HybridEngine(model_of("llama"))
     engine.model = SimpleNamespace(global_steps=0)  # as DeepSpeed counts them
-    peaks = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (90, 141))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 10)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: peaks[-1])
 
     def stays(peak, steps=1):
         """Whether the cache stays after a rollout, before which training had this peak."""
-        peaks.append(peak)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: peak)
         engine.model.global_steps += steps
         engine.device = torch.device("cuda")
         engine.measure_training()
@@ -2055,7 +2047,7 @@ def test_the_cache_stays_where_it_fits_beside_the_peak_of_training(monkeypatch):
         engine.release()
         return engine.cache is not None
 
-    assert not stays(1, steps=0), "the first rollout: nothing is known of training"
+    assert not stays(50), "the first rollout: nothing is known of training"
     assert not stays(50, steps=0), "behind an evaluation there was no training either"
     assert stays(70), "70 + 20 are 90% of 100, which this process may have"
     assert stays(90), "of this peak 20 are the cache, which has stayed"
@@ -2076,54 +2068,22 @@ def test_the_triton_kernels_take_the_tensors_of_the_engine(kind, graphs_on_a_cpu
     assert_near(got.logprobs, want.logprobs)
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("kind", some(("qwen3 lora", "opt-350m", "bloom"), KINDS))
+@pytest.mark.parametrize("kind", ["qwen3 lora", "opt-350m", "bloom"])
 def test_a_decode_step_never_waits_for_the_host_nor_mixes_devices(kind, monkeypatch):
-    """On fake tensors of a GPU, which have a shape and no data: they raise an error where the host
-    would ask for a number, and where two devices meet. Kernels are replaced."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.overrides import TorchFunctionMode
-
-    class WithoutDriver(TorchFunctionMode):
-        """Indexing of a CUDA tensor asks for a driver: here it is made of views."""
-
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is torch.Tensor.__invert__:
-                return torch.logical_not(*args)
-            if func not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-                return func(*args, **(kwargs or {}))
-            x, keys, *values = args
-            keys = keys if isinstance(keys, tuple) else (keys,)
-            if values:
-                return torch.ops.aten.index_put_(x, keys, *values)
-            if isinstance(keys[0], torch.Tensor):
-                return torch.ops.aten.index.Tensor(x, keys)
-            dim = 0
-            for key in keys:
-                if isinstance(key, slice):
-                    x = torch.ops.aten.slice.Tensor(x, dim, key.start or 0, key.stop)
-                else:
-                    x = x.unsqueeze(dim) if key is None else x.select(dim, key)
-                dim += not isinstance(key, int)
-            return x
-
+    """On tensors without data: they raise an error where the host would ask for a number, and
+    where they meet a tensor that has data. The Triton kernels are replaced."""
     launched = []
     for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
         def launch(*args, _name=name, **options):
-            assert all(x.is_cuda for x in args if isinstance(x, torch.Tensor)), _name
+            assert all(x.is_meta for x in args if isinstance(x, torch.Tensor)), _name
             launched.append(_name)
         monkeypatch.setattr(kernels, name, defaultdict(lambda launch=launch: launch))
+    for name in ("decode_attention", "rope_and_cache", "add_norm"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name + "_triton"))
     monkeypatch.setattr(HybridEngine, "free_memory", lambda self: 2**30)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    lm = model_of(kind).bfloat16()
-    with FakeTensorMode(allow_non_fake_inputs=True), WithoutDriver(), torch.no_grad():
-        for module in lm.modules():  # made on the CPU, because initialisation needs a GPU
-            for tensors in (module._parameters, module._buffers):
-                for name, x in tensors.items():
-                    if x is not None:
-                        tensors[name] = torch.empty_like(x, device="cuda:0")
-        engine = HybridEngine(lm)
-        engine.sampling = (1.0, 0, 1.0)
+    engine = HybridEngine(model_of(kind).bfloat16().to("meta"))
+    engine.sampling = (1.0, 0, 1.0)
+    with torch.no_grad():
         engine.prepare(4, 64, None)
         engine.decode_step(4)
     assert launched.count("decode_kernel") == 3
@@ -2162,8 +2122,8 @@ BAD_CALLS = {
     "top_p 0.0 in": dict(top_p=0.0),
     "model type 'falcon'.*--engine hf": dict(config=dict(model_type="falcon")),
     "does not support activation 'mish'": dict(config=dict(hidden_act="mish")),
-    "rope scaling 'dynamic'": dict(rope_parameters=dict(
-        rope_type="dynamic", factor=2.0, rope_theta=1e4)),
+    "rope scaling 'dynamic'": dict(config=dict(
+        rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4))),
     "tp=3 does not divide one of": dict(limits=dict(tp=3)),
 }
 
@@ -2171,10 +2131,7 @@ BAD_CALLS = {
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_what_the_engine_cannot_do_it_says_before_it_starts(message):
     call = dict(prompts=[[3]], max_new_tokens=20, limits={}, config={}) | BAD_CALLS[message]
-    rope = {"rope_parameters": call.pop("rope_parameters")} if "rope" in message else {}
-    lm = model_of("llama", **rope)
-    for name, value in call.pop("config").items():
-        setattr(lm.config, name, value)
+    lm = model_of("llama", **call.pop("config"))
     with pytest.raises(utils.UserError, match=message):
         HybridEngine(lm, **call.pop("limits")).generate(**call)
 
