@@ -1814,10 +1814,6 @@ def test_greedy_output_is_that_of_transformers_token_for_token(kind):
     check_logprobs(out, lm)
 
 
-def vector_of_weights(lm):
-    return torch.nn.utils.parameters_to_vector(lm.parameters()).detach().clone()
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "llama lora"])
 def test_the_engine_follows_every_optimizer_step_and_never_changes_a_weight(kind):
     lm = model_of(kind)
@@ -1827,10 +1823,10 @@ def test_the_engine_follows_every_optimizer_step_and_never_changes_a_weight(kind
     ids = torch.tensor([prompts[1]])
     outputs = []
     for _ in range(3):
-        weights = vector_of_weights(lm)
+        weights = [p.detach().clone() for p in lm.parameters()]
         outputs.append(rows_of(engine.generate(prompts, 12, temperature=0)))
         assert outputs[-1] == [transformers_greedy(lm, prompt, 12) for prompt in prompts]
-        assert torch.equal(vector_of_weights(lm), weights), "no weight changes by one bit"
+        assert all(map(torch.equal, lm.parameters(), weights)), "no weight changes by one bit"
         lm(ids, labels=ids).loss.backward()
         optimizer.step()
     assert outputs[0] != outputs[1] != outputs[2], "the steps were large enough to change tokens"
@@ -1851,7 +1847,7 @@ def test_weights_are_read_by_reference_and_one_product_has_the_projections(kind,
     storages = {p.untyped_storage().data_ptr() for p in lm.parameters()}
     for x in engine.decoder.weights:
         assert x.untyped_storage().data_ptr() in storages, f"a copy of {tuple(x.shape)}"
-    assert sum(x.numel() for x in engine.decoder.weights) == len(vector_of_weights(lm))
+    assert sum(x.numel() for x in engine.decoder.weights) == lm.num_parameters()
     ends = 3 if kind == "opt-350m" else 1
     assert len(products) == 2 * (4 * 3 + ends), "q, k, v; out; gate and up; down; and the ends"
 
@@ -1867,10 +1863,6 @@ def test_the_projections_of_a_deepspeed_engine_are_neighbours_too():
             assert layer.qkv.joint.bias[columns].data_ptr() == linear.bias.data_ptr()
 
 
-# -----------------------------------------------------------------------------
-# batching and sampling
-
-
 def test_a_row_keeps_its_tokens_however_rows_are_batched():
     lm = model_of("llama")
     prompts = ragged([1 + i % 13 for i in range(40)])
@@ -1878,16 +1870,11 @@ def test_a_row_keeps_its_tokens_however_rows_are_batched():
 
     def sample(engine, rows=range(40)):
         out = engine.generate([prompts[i] for i in rows], seed=[100 + i for i in rows], **call)
-        assert out.tokens.size(1) == (out.prompt_lens + out.answer_lens).max()
         assert out.tokens.sum() == sum(map(sum, rows_of(out))), "zeros behind each row"
         return out, dict(zip(rows, rows_of(out)))
 
     want, whole = sample(HybridEngine(lm))
     check_logprobs(want, lm, 1.3)
-    assert len(set(want.answer_lens.tolist())) > 3, "answers end at different places"
-    for row, n in zip(whole.values(), want.answer_lens.tolist()):
-        assert n == 20 or row[-1] in (7, 8, 9)
-        assert not {7, 8, 9} & set(row[-n:-1]), "each of the three ends an answer"
 
     slot = 2 * 3 * 2 * 64 * 16 * 4  # K and V, layers, key heads, capacity, head size, bytes
     for limit in (dict(max_batch=4), dict(kv_gib=4.5 * slot / 2**30, max_len=64)):
@@ -1957,51 +1944,41 @@ def test_the_slow_path_has_the_same_interface_and_the_same_greedy_tokens():
 
 
 @pytest.fixture
-def graphs_on_a_cpu(monkeypatch):
-    """HybridEngine schedules as on a GPU: steps of few sizes, eight of them between two reads of
-    the flags. The replay of a graph is the step itself."""
-    def capture(self, step):
-        return SimpleNamespace(replay=step)
+def with_graphs(monkeypatch):
+    """Makes engines that schedule as on a GPU: steps of few sizes, eight of them between two reads
+    of the flags. The replay of a graph is the step itself."""
+    def make(lm, **limits):
+        engine = HybridEngine(lm, **limits)
+        engine.use_graphs = True
+        engine.graphs.capture = lambda step: SimpleNamespace(replay=step)
+        return engine
 
-    monkeypatch.setattr(hybrid_engine.CUDAGraphs, "capture", capture)
     monkeypatch.setitem(hybrid_engine.STEPS_PER_SYNC, "cpu", 8)
+    return make
 
 
-def with_graphs(lm, **limits):
-    engine = HybridEngine(lm, **limits)
-    engine.use_graphs = True
-    return engine
-
-
-def test_steps_of_few_sizes_give_every_row_the_same_tokens(graphs_on_a_cpu, monkeypatch):
+def test_steps_of_few_sizes_give_every_row_the_same_tokens(with_graphs, monkeypatch):
     lm = model_of("llama")
     prompts = ragged([1 + i % 13 for i in range(40)])
     call = dict(eos_token_id=[7, 8, 9], seed=3, temperature=1.3)
     want = HybridEngine(lm).generate(prompts, 20, **call)
     engine = with_graphs(lm, max_batch=12)
     read = []
-    waiting_at_moves = []
-    attention, move = kernels.decode_attention, hybrid_engine.KVCache.move
+    attention = kernels.decode_attention
     monkeypatch.setattr(kernels, "decode_attention", lambda *args: (
         read.append(int(args[3].sum())) or attention(*args)))
-    monkeypatch.setattr(hybrid_engine.KVCache, "move", lambda *args: (
-        waiting_at_moves.append(len(engine.waiting)) or move(*args)))
     got = engine.generate(prompts, 20, **call)
     assert rows_of(got) == rows_of(want)
     assert_near(got.logprobs, want.logprobs)
     pairs = zip(got.prompt_lens.tolist(), got.answer_lens.tolist())
     keys = sum(sum(range(p + 1, p + a)) for p, a in pairs)  # an answer's first token is of prefill
     assert sum(read) == 3 * keys, "rows that have ended read no keys, in each of three layers"
-    assert waiting_at_moves, "in the end rows move, so that smaller graphs serve the rest"
-    assert not any(waiting_at_moves), "but not while a prompt is waiting"
-    assert {n for n, *_ in engine.graphs.graphs} <= {1, 8, 12}
+    assert {n for n, *_ in engine.graphs.graphs} == {8, 12}, "in the end rows move to fill gaps"
     engine.cache.slots = torch.arange(200)
-    sizes = [engine.step_size(n) for n in range(1, 201)]
-    assert sorted(set(sizes)) == [1, 8, 64, 128, 192, 200]
-    assert all(size >= n for n, size in enumerate(sizes, 1))
+    assert [engine.step_size(n) for n in (1, 2, 9, 65, 199)] == [1, 8, 64, 128, 200]
 
 
-def test_graphs_live_over_rollouts_until_a_tensor_that_they_use_has_moved(graphs_on_a_cpu,
+def test_graphs_live_over_rollouts_until_a_tensor_that_they_use_has_moved(with_graphs,
                                                                           monkeypatch):
     lm = model_of("llama")
     engine = with_graphs(lm)
@@ -2052,11 +2029,10 @@ def test_the_cache_stays_where_it_fits_beside_the_peak_of_training(monkeypatch):
     assert stays(70), "70 + 20 are 90% of 100, which this process may have"
     assert stays(90), "of this peak 20 are the cache, which has stayed"
     assert not stays(91)
-    assert not stays(10), "the largest peak counts"
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bloom"])  # windows and grouped keys; by head and ALiBi
-def test_the_triton_kernels_take_the_tensors_of_the_engine(kind, graphs_on_a_cpu, monkeypatch):
+def test_the_triton_kernels_take_the_tensors_of_the_engine(kind, with_graphs, monkeypatch):
     lm = model_of(kind, num_hidden_layers=2)
     prompts = ragged((3, 9)) + ragged((3, 9))[1:]
     want = HybridEngine(lm).generate(prompts, 3, seed=3)
@@ -2097,31 +2073,25 @@ def test_gpu_graph_replay_equals_eager_steps_across_an_optimizer_step(kind):
     engine = HybridEngine(lm)
     eager = HybridEngine(lm)
     eager.use_graphs = False
+    call = dict(eos_token_id=list(range(60, 97)), top_p=0.9, seed=3)
     for _ in range(2):
-        for call in (dict(temperature=0.0), dict(eos_token_id=list(range(60, 97)), top_p=0.9)):
-            got = engine.generate(prompts, 40, seed=3, **call)
-            want = eager.generate(prompts, 40, seed=3, **call)
-            assert rows_of(got) == rows_of(want)
-            assert_near(got.logprobs, want.logprobs, within=1e-3)
+        got = engine.generate(prompts, 40, **call)
+        want = eager.generate(prompts, 40, **call)
+        assert rows_of(got) == rows_of(want)
+        assert_near(got.logprobs, want.logprobs, within=1e-3)
         assert engine.graphs.graphs, "steps were captured"
         with torch.no_grad():
             for p in lm.parameters():
                 p += 0.01 * torch.randn_like(p)
 
 
-# -----------------------------------------------------------------------------
-# what the engine refuses
-
 BAD_CALLS = {
     "a prompt has 500 tokens; with 20 new ones that is more than the model's context of 512":
         dict(prompts=ragged((3, 500))),
-    "that is more than max_len of 32": dict(prompts=ragged((3, 20)), limits=dict(max_len=32)),
     "one row of 32 tokens needs .* raise kv_gib": dict(limits=dict(kv_gib=1e-6)),
-    "or one is empty": dict(prompts=[[3], []]),
     "outside the vocabulary of 97": dict(prompts=[[97]]),
     "top_p 0.0 in": dict(top_p=0.0),
     "model type 'falcon'.*--engine hf": dict(config=dict(model_type="falcon")),
-    "does not support activation 'mish'": dict(config=dict(hidden_act="mish")),
     "rope scaling 'dynamic'": dict(config=dict(
         rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4))),
     "tp=3 does not divide one of": dict(limits=dict(tp=3)),
@@ -2149,8 +2119,6 @@ def test_a_model_that_has_diverged_gets_one_sentence():
 # several ranks
 
 TP_KINDS = ("llama", "qwen3 lora", "gpt2 lora", "opt", "opt-350m", "bloom")
-TP_PROMPTS = (3, 30, 9, 1, 6)  # lengths; so that one of two ranks has more of them
-TP_SEEDS = [10, 11, 12, 13, 14]
 
 
 def with_collectives(function, *args, **kwargs):
@@ -2160,29 +2128,28 @@ def with_collectives(function, *args, **kwargs):
     return result, [e.name for e in profile.events() if e.name.startswith("c10d::")]
 
 
-def tensor_parallel_rollouts():
+def tensor_parallel_rollouts(prompts, seeds):
     """On two ranks, each with every other prompt."""
     utils.init_distributed(1)
     rank = dist.get_rank()
-    prompts = ragged(TP_PROMPTS)
     out = {}
     for kind in TP_KINDS:
         engine = HybridEngine(model_of(kind), tp=2)
-        for temperature in (0.0, 1.0):
-            got = engine.generate(prompts[rank::2], 12, temperature, seed=TP_SEEDS[rank::2])
-            out[kind, temperature] = rows_of(got), got.logprobs
-            engine.release()
+        got = engine.generate(prompts[rank::2], 12, seed=seeds[rank::2])
+        out[kind] = rows_of(got), got.logprobs
+        engine.release()
     _, out["collectives"] = with_collectives(engine.generate, prompts[:1], 6)
     return out
 
 
 def test_tensor_parallel_ranks_give_the_tokens_of_one_process(two):
-    prompts = ragged(TP_PROMPTS)
-    results = two(tensor_parallel_rollouts)
-    for kind, temperature in itertools.product(TP_KINDS, (0.0, 1.0)):
-        want = HybridEngine(model_of(kind)).generate(prompts, 12, temperature, seed=TP_SEEDS)
+    prompts = ragged((3, 30, 9, 1, 6))  # so that one of two ranks has more of them
+    seeds = [10, 11, 12, 13, 14]
+    results = two(tensor_parallel_rollouts, prompts, seeds)
+    for kind in TP_KINDS:
+        want = HybridEngine(model_of(kind)).generate(prompts, 12, seed=seeds)
         for rank, result in enumerate(results):
-            rows, logprobs = result[kind, temperature]
+            rows, logprobs = result[kind]
             assert rows == rows_of(want)[rank::2], f"{kind}, tp=2, rank {rank}"
             assert_near(logprobs, want.logprobs[rank::2])
     forwards = 6  # a prefill, which samples the first token, and five steps
