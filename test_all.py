@@ -1488,84 +1488,54 @@ def test_add_norm_adds_and_norms(device, dtype, E, rms, with_residual):
 
 # ---- sampling ----
 
-NO_EOS = torch.tensor([], dtype=torch.long)
-samplers = pytest.mark.parametrize("device", [
-    pytest.param("cpu", id="pytorch"), pytest.param("cuda", id="gpu", marks=GPU_ONLY)])
 
-
-def new_rows(B, device="cpu"):
-    """Rows of 3 tokens in slots of 6, whose slots are not in order: slots, rows."""
-    rows = kernels.Rows(
-        tokens=torch.full((B, 6), 7, device=device),
-        logprobs=torch.full((B, 6), 8.0, device=device),
-        lengths=torch.full((B,), 3, device=device),
-        max_lengths=torch.full((B,), 6, device=device),
-        keys=torch.arange(B, device=device) * 2_000_003 + 2**31,
-        done=torch.zeros(B, dtype=torch.bool, device=device),
-    )
-    return torch.arange(B - 1, -1, -1, device=device), rows
-
-
-@samplers
-def test_sampled_frequencies_are_the_probabilities(device):
-    """Pearson's chi-square test of samples at temperature 0.7, six tokens in two blocks."""
-    n = 2000
+@pytest.mark.parametrize("temperature, top_k, top_p, kept", [
+    (1.0, 2, 1.0, [1, 3]), (0.7, 0, 0.71, [1, 3, 4]), (1.0, 4, 0.5, [1, 3]), (1.0, 0, 1e-9, [1]),
+    (0.7, 9, 1.0, [0, 1, 2, 3, 4]),
+])
+def test_sampled_tokens_have_their_share_of_the_random_numbers(temperature, top_k, top_p, kept):
+    p = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
+    tokens = torch.tensor([0, 63, 64, 65, 4999])  # the sampler takes blocks of 64
     logits = torch.full((5000,), float("-inf"))
-    logits[[0, 1, 4095, 4096, 4999, 4500]] = torch.tensor([0.0, 1.0, 0.5, 1.5, -0.5, 0.3])
-    slots, rows = new_rows(n, device)
-    kernels.sample_next(logits.expand(n, -1).to(device), slots, rows, NO_EOS.to(device), 0.7)
-    p = (logits.double() / 0.7).softmax(0)
-    count = rows.tokens[:, 3].cpu().bincount(minlength=5000).double()
-    assert count[p == 0].sum() == 0, "a token of probability 0"
-    chi2 = ((count - n * p).square() / (n * p))[p > 0].sum()
-    assert chi2 < 20.5, f"chi-square {chi2:.1f} with 5 degrees of freedom: p-value below 0.001"
+    logits[tokens] = p.log() * temperature
+    u = (torch.arange(1000) + 0.5) / 1000
+    got, logprobs = kernels.sample(logits.expand(1000, -1), u, temperature, top_k, top_p)
+    renormalised = torch.zeros(5000)
+    renormalised[tokens[kept]] = p[kept] / p[kept].sum()
+    shares = got.bincount(minlength=5000) / 1000
+    assert (shares - renormalised).abs().max() < 0.002
+    assert_close(logprobs, renormalised[got].log(), torch.float32)
 
 
-def test_uniform_numbers_depend_on_row_and_position_alone():
-    keys = torch.arange(300).repeat_interleave(300)
-    counters = torch.arange(300).repeat(300)
-    u = kernels.uniform(keys, counters)
-    order = torch.randperm(len(u), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(kernels.uniform(keys[order], counters[order]), u[order])
-    deciles = u.histc(10, 0, 1) / len(u)
-    assert 0 < u.min() and u.max() < 1 and (deciles - 0.1).abs().max() < 0.005
-    grid = u.view(300, 300).double() - 0.5                              # (keys, counters)
+def test_uniform_numbers_are_uniform_and_independent():
+    keys = torch.arange(300)[:, None].expand(300, 300)
+    grid = kernels.uniform(keys, keys.T)                                # (keys, counters)
+    deciles = grid.histc(10, 0, 1) / grid.numel()
+    assert 0 < grid.min() and grid.max() < 1 and (deciles - 0.1).abs().max() < 0.005
+    grid = grid.double() - 0.5
     for other in (grid.roll(1, 0), grid.roll(1, 1), grid.T):
         correlation = (grid * other).mean().abs() * 12
         assert correlation < 0.02, "neighbours, or key and counter swapped, are correlated"
 
 
-@samplers
-def test_a_sampled_token_is_appended_and_may_end_its_row(device):
+def test_a_sampled_token_is_appended_and_may_end_its_row():
     """Row by row: it goes on, ends with an EOS, ends at its greatest length, has ended before."""
     logits = torch.full((4, 5000), -50.0)
     certain = torch.tensor([11, 4999, 13, 14])
     logits[range(4), certain] = 50.0
-    _, rows = new_rows(6, device)
-    slots = torch.tensor([4, 1, 5, 0], device=device)  # of these rows; nobody has slots 2 and 3
-    rows.max_lengths[5] = 4
-    rows.done[0] = True
-    eos = torch.tensor([2, 4999, 15, 77], device=device)  # 14 would not end a row
-    want = rows._replace(**{field: x.cpu().clone() for field, x in rows._asdict().items()})
-    kernels.sample_next(logits.to(device), slots, rows, eos, 1.0)
+    slots = torch.tensor([4, 1, 5, 0])  # of these rows; nobody has slots 2 and 3
+    rows = kernels.Rows(tokens=torch.full((6, 6), 7), logprobs=torch.full((6, 6), 8.0),
+                        lengths=torch.full((6,), 3), max_lengths=torch.tensor([6, 6, 6, 6, 6, 4]),
+                        keys=torch.arange(6), done=torch.arange(6) == 0)
+    eos = torch.tensor([2, 4999, 15, 77])  # 14 would not end a row
+    want = copy.deepcopy(rows)
     want.tokens[[4, 1, 5], 3] = certain[:3]
     want.logprobs[[4, 1, 5], 3] = 0.0
     want.lengths[[4, 1, 5]] = 4
     want.done[[1, 5]] = True
+    kernels.sample_next(logits, slots, rows, eos, 1.0)
     for field, x, y in zip(rows._fields, rows, want):
         assert_close(x, y, torch.float32, field)
-
-
-@pytest.mark.parametrize("top_k, top_p, kept", [
-    (2, 1.0, [1, 3]), (0, 0.7, [1, 3]), (0, 0.71, [1, 3, 4]), (4, 0.5, [1, 3]), (0, 1e-9, [1]),
-    (9, 1.0, [0, 1, 2, 3, 4]),
-])
-def test_top_k_and_top_p_keep_the_likely_and_renormalise(top_k, top_p, kept):
-    p = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
-    u = torch.linspace(0.001, 0.999, 99)
-    tokens, logprobs = kernels.sample(p.log().expand(99, -1), u, 1.0, top_k, top_p)
-    assert set(tokens.tolist()) == set(kept)
-    assert_close(logprobs, (p[tokens] / p[kept].sum()).log(), torch.float32)
 
 
 # ---- log-probabilities without keeping the logits ----
