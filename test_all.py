@@ -1311,21 +1311,13 @@ every_device = pytest.mark.parametrize("device, dtype", [
     pytest.param("cuda", torch.float32, id="gpu-fp32", marks=GPU_ONLY),
     pytest.param("cuda", torch.bfloat16, id="gpu-bf16", marks=GPU_ONLY),
 ])
-TOLERANCE = {
-    torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
     """Normal random numbers that the dtype represents exactly, in float64 for the reference."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(dtype).double()
-
-
-def cast(x, device, dtype):
-    """Floating point tensors to the dtype, all tensors to the device. None stays None."""
-    if x is None:
-        return None
-    return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
 
 def assert_close(got, want, dtype, what=""):
@@ -1337,22 +1329,19 @@ def assert_close(got, want, dtype, what=""):
     assert worst < TOLERANCE[dtype], f"{what}: error {worst:.2e} in {dtype}"
 
 
-@pytest.mark.parametrize("shape, out", [((5, 8), 24), ((3, 7, 24), 8), ((1, 8), 8), ((2, 3, 8), 1)])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_linear_and_its_gradients_are_those_of_autograd(shape, out, frozen):
+@pytest.mark.parametrize("shape, out", [((5, 8), 24), ((3, 7, 8), 8), ((1, 8), 8), ((2, 3, 8), 1)])
+def test_linear_and_its_gradients_are_those_of_autograd(shape, out):
+    inputs = [draw(*size, seed=i).float() for i, size in enumerate([shape, (out, 8), (out,)])]
     results = []
-    for dtype in (torch.float64, torch.float32):  # of which oneDNN takes the second
-        x, weight, bias = (draw(*size, seed=i).to(dtype).requires_grad_(i == 0 or not frozen)
-                           for i, size in enumerate([shape, (out, shape[-1]), (out,)]))
-        module = torch.nn.Sequential(torch.nn.Linear(shape[-1], out, bias=not frozen))
-        module = kernels.use_onednn_linears(module)[0]
-        module._parameters.update(weight=weight, bias=None if frozen else bias)
-        y = module(x)
-        if dtype == torch.float32 and kernels.ONEDNN and not torch.cuda.is_available():
-            assert (type(y.grad_fn).__name__ == "OneDNNLinearBackward") == (shape[0] > 1)
+    for linear, dtype in ((torch.nn.functional.linear, torch.float64),
+                          (kernels.linear, torch.float32)):
+        args = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        y = linear(*args)
         y.sum().backward(retain_graph=True)  # a gradient with strides of 0
-        (y * torch.arange(1, out + 1, dtype=dtype)).sum().backward()
-        results.append([y, x.grad] + ([] if frozen else [weight.grad, bias.grad]))
+        (y * torch.arange(1, out + 1)).sum().backward()
+        results.append([y, *(x.grad for x in args)])
+    if kernels.ONEDNN:
+        assert (type(y.grad_fn).__name__ == "OneDNNLinearBackward") == (shape[0] > 1)
     for want, got in zip(*results, strict=True):
         assert_close(got, want, torch.float32)
 
@@ -1364,7 +1353,7 @@ def test_a_product_with_an_activation(device, dtype, rows):
     names = itertools.product(kernels.ACTIVATIONS, (draw(32, dtype=dtype, seed=2), None))
     for name, bias in names:
         want = kernels.ACTIVATIONS[name].function(torch.nn.functional.linear(x, weight, bias))
-        args = [cast(a, device, dtype) for a in (x, weight, bias)]
+        args = [a if a is None else a.to(device, dtype) for a in (x, weight, bias)]
         assert_close(kernels.linear_activation(*args, name), want, dtype, name)
 
 
@@ -1425,7 +1414,7 @@ def test_decode_reads_the_keys_of_each_row_alone(device, dtype, lengths, C, H, K
     want = kernels.decode_attention(q, k, v, seen, spec_of(H, D, window, alibi))
     for slot, n in enumerate([*lengths, 0]):  # nothing beyond the length of a row may be read
         k[slot, :, n:] = v[slot, :, n:] = float("nan")
-    args = [cast(x, device, dtype) for x in (q, k, v, seen)]
+    args = [*(x.to(device, dtype) for x in (q, k, v)), seen.to(device)]
     spec = spec_of(H, D, window, alibi, device)
     assert_close(kernels.decode_attention_triton(*args, spec), want, dtype)
     monkeypatch.setattr(kernels, "decode_splits", lambda *_: 1)
@@ -1478,7 +1467,7 @@ def test_add_norm_adds_and_norms(device, dtype, E, rms, with_residual):
         x = (x + 100).to(dtype).double()  # a mean much larger than the deviation
     total = (x + residual).to(dtype).double() if with_residual else x
     want, _ = kernels.add_norm(total, None, weight, bias, 1e-5, rms)
-    x, residual, weight, bias = (cast(a, device, dtype) for a in (x, residual, weight, bias))
+    x, residual, weight, bias = (a.to(device, dtype) for a in (x, residual, weight, bias))
     for part in (np.s_[:, 0], np.s_[:, 2:]):  # rows, or heads: slices of a joint projection
         added = residual[part] if with_residual else None
         normed, got = kernels.add_norm_triton(x[part], added, weight, bias, 1e-5, rms)
@@ -1518,32 +1507,7 @@ def test_uniform_numbers_are_uniform_and_independent():
         assert correlation < 0.02, "neighbours, or key and counter swapped, are correlated"
 
 
-def test_a_sampled_token_is_appended_and_may_end_its_row():
-    """Row by row: it goes on, ends with an EOS, ends at its greatest length, has ended before."""
-    logits = torch.full((4, 5000), -50.0)
-    certain = torch.tensor([11, 4999, 13, 14])
-    logits[range(4), certain] = 50.0
-    slots = torch.tensor([4, 1, 5, 0])  # of these rows; nobody has slots 2 and 3
-    rows = kernels.Rows(tokens=torch.full((6, 6), 7), logprobs=torch.full((6, 6), 8.0),
-                        lengths=torch.full((6,), 3), max_lengths=torch.tensor([6, 6, 6, 6, 6, 4]),
-                        keys=torch.arange(6), done=torch.arange(6) == 0)
-    eos = torch.tensor([2, 4999, 15, 77])  # 14 would not end a row
-    want = copy.deepcopy(rows)
-    want.tokens[[4, 1, 5], 3] = certain[:3]
-    want.logprobs[[4, 1, 5], 3] = 0.0
-    want.lengths[[4, 1, 5]] = 4
-    want.done[[1, 5]] = True
-    kernels.sample_next(logits, slots, rows, eos, 1.0)
-    for field, x, y in zip(rows._fields, rows, want):
-        assert_close(x, y, torch.float32, field)
-
-
 # ---- log-probabilities without keeping the logits ----
-
-
-def float32_logits(hidden, weight):
-    """What kernels.logits returns on a GPU for a bfloat16 model."""
-    return hidden.float() @ weight.T.float()
 
 
 @pytest.mark.parametrize("device, dtype", [
@@ -1553,8 +1517,8 @@ def float32_logits(hidden, weight):
     (7, 5, 11, 1.0), (5, 8, 5003, 0.7), (0, 3, 4, 1.0), (1, 3, 1, 1.0)])
 def test_token_logprobs_and_their_gradients_are_those_of_autograd(N, E, V, temperature, device,
                                                                   dtype, monkeypatch):
-    if dtype == torch.bfloat16 and device == "cpu":
-        monkeypatch.setattr(kernels, "logits", float32_logits)
+    if dtype == torch.bfloat16 and device == "cpu":  # logits as on a GPU
+        monkeypatch.setattr(kernels, "logits", lambda x, weight: x.float() @ weight.T.float())
     monkeypatch.setattr(kernels.TokenLogprobs, "CHUNK", {device: 3 * V})  # three rows at a time
     inputs = [draw(N, E, dtype=dtype), draw(V, E, dtype=dtype, seed=1)]
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
@@ -1578,10 +1542,10 @@ def test_token_logprobs_and_their_gradients_are_those_of_autograd(N, E, V, tempe
         assert_close(x, y, real)
 
 
-def test_a_frozen_head_has_no_gradient_and_that_of_bfloat16_is_added_up_in_float32(monkeypatch):
+def test_the_gradient_of_a_bfloat16_head_is_added_up_in_float32(monkeypatch):
     """A thousand equal rows, one at a time: a sum in bfloat16 would stay at 256 times the first."""
     monkeypatch.setattr(kernels.TokenLogprobs, "CHUNK", {"cpu": 8})
-    row = draw(1, 4).bfloat16().requires_grad_()
+    row = draw(1, 4).bfloat16()
     weight = draw(8, 4, seed=1).bfloat16().requires_grad_()
     gradients = []
     for n in (1, 1000):
@@ -1589,9 +1553,6 @@ def test_a_frozen_head_has_no_gradient_and_that_of_bfloat16_is_added_up_in_float
         logprobs, _ = kernels.token_logprobs(row.repeat(n, 1), weight, targets)
         gradients += torch.autograd.grad(logprobs.sum(), weight)
     assert_close(gradients[1] / 1000, gradients[0], torch.bfloat16)
-    logprobs, _ = kernels.token_logprobs(row, weight.detach(), targets[:1])
-    logprobs.sum().backward()
-    assert row.grad is not None and weight.grad is None
 
 
 def test_logits_of_a_bfloat16_model_are_float32_on_a_gpu():
