@@ -1342,7 +1342,10 @@ def test_linear_and_its_gradients_are_those_of_autograd(shape, out):
         results.append([y, *(x.grad for x in args)])
     if kernels.ONEDNN:
         assert (type(y.grad_fn).__name__ == "OneDNNLinearBackward") == (shape[0] > 1)
-    for want, got in zip(*results, strict=True):
+        if not torch.cuda.is_available():
+            module = torch.nn.Linear(8, 8)
+            assert type(kernels.use_onednn_linears(module)) is kernels.Linear
+    for want, got in zip(*results):
         assert_close(got, want, torch.float32)
 
 
@@ -1369,7 +1372,6 @@ def spec_of(H, D, window, alibi, device="cpu"):
 @pytest.mark.parametrize("lengths, H, K, D, window, alibi", [
     ([3, 0, 1, 133, 0], 2, 2, 64, 0, False),  # empty, one token, longer than a block
     ([1, 1, 1], 4, 1, 80, 0, True),
-    ([31, 32, 33], 4, 1, 96, 0, False),
     ([70, 5], 4, 1, 128, 7, True),  # a window smaller than a block of keys
     ([0, 150], 1, 1, 64, 64, False),  # a window of exactly one block
     ([35], 1, 1, 256, 0, True),
@@ -1402,7 +1404,6 @@ def test_alibi_tells_far_positions_apart_in_bfloat16_too():
     ([1], 300, 8, 1, 128, 0, True),  # a capacity of many splits, and keys for one
     ([200, 7], 200, 4, 1, 80, 50, True),
     ([100, 31], 128, 8, 2, 96, 3, False),
-    ([65], 65, 1, 1, 256, 0, True),
     ([9, 17], 20, 34, 2, 8, 0, False),  # 17 query heads per key head
 ])
 def test_decode_reads_the_keys_of_each_row_alone(device, dtype, lengths, C, H, K, D, window, alibi,
@@ -1524,22 +1525,22 @@ def test_token_logprobs_and_their_gradients_are_those_of_autograd(N, E, V, tempe
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
     g, g_entropy = draw(N, seed=3), draw(N, seed=4)
 
-    def gradients(hidden, weight, logprobs, entropy):
-        loss = (logprobs * g.to(logprobs)).sum() + (entropy * g_entropy.to(logprobs)).sum()
-        return [logprobs, entropy, *torch.autograd.grad(loss, (hidden, weight))]
+    def textbook(hidden, weight, targets, temperature):
+        log_p = (hidden @ weight.T / temperature).log_softmax(-1)       # (N, V)
+        return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
-    hidden, weight = (x.clone().requires_grad_() for x in inputs)
-    log_p = (hidden @ weight.T / temperature).log_softmax(-1)           # (N, V)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    want = gradients(hidden, weight, log_p.gather(1, targets[:, None])[:, 0], entropy)
-    hidden, weight = (x.to(device, dtype).requires_grad_() for x in inputs)
+    results = []
+    for where, real, function in (("cpu", torch.float64, textbook),
+                                  (device, dtype, kernels.token_logprobs)):
+        hidden, weight = (x.to(where, real, copy=True).requires_grad_() for x in inputs)
+        logprobs, entropy = function(hidden, weight, targets.to(where), temperature)
+        loss = (logprobs * g.to(logprobs)).sum() + (entropy * g_entropy.to(logprobs)).sum()
+        results.append([logprobs, entropy, *torch.autograd.grad(loss, (hidden, weight))])
+    for want, got, real in zip(*results, (torch.float32, torch.float32, dtype, dtype)):
+        assert got.dtype == real
+        assert_close(got, want, real)
     sizes = [z.numel() for _, z in kernels.TokenLogprobs.chunks(hidden, weight)]
     assert sum(sizes) == N * V and max(sizes, default=0) <= 3 * V, f"chunks of {sizes} logits"
-    logprobs, entropy = kernels.token_logprobs(hidden, weight, targets.to(device), temperature)
-    got = gradients(hidden, weight, logprobs, entropy)
-    for x, y, real in zip(got, want, (torch.float32, torch.float32, dtype, dtype)):
-        assert x.dtype == real
-        assert_close(x, y, real)
 
 
 def test_the_gradient_of_a_bfloat16_head_is_added_up_in_float32(monkeypatch):
@@ -1560,9 +1561,8 @@ def test_logits_of_a_bfloat16_model_are_float32_on_a_gpu():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        for device, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
-            x = torch.empty(4, 8, device=device, dtype=torch.bfloat16)
-            assert kernels.logits(x, x).dtype == dtype
+        x = torch.empty(4, 8, device="cuda", dtype=torch.bfloat16)
+        assert kernels.logits(x, x).dtype == torch.float32
 
 
 # ---- what the compiler makes of the kernels, for a GPU that is not there ----
@@ -1572,9 +1572,9 @@ def empty(*shape, dtype=torch.int64):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def launch_kernels(D, K, E, V, dtype, is_llama):
+def launch_kernels(D, K, E, dtype, is_llama):
     """Calls every launcher, with tensors that have no memory, for batches of 1 to 64 rows. D head
-    size, K key heads of 32 heads, E width, V vocabulary."""
+    size, K key heads of 32 heads, E width."""
     spec = AttentionSpec(0.1)
     if not is_llama:
         spec = AttentionSpec(0.1, window=1024, slopes=empty(32, dtype=torch.float32))
@@ -1596,21 +1596,16 @@ def compile_kernels(variants):
     from triton.backends.compiler import GPUTarget
 
     compiled = {}
+    run = triton.JITFunction.run
 
-    class Compile(SimpleNamespace):
-        """Takes the place of a kernel, and compiles it where it would be launched."""
+    def compile_only(kernel, *args, warmup, **options):
+        result = run(kernel, *args, warmup=True, **options)
+        compiled[kernel.__name__, result.hash] = result
 
-        def __getitem__(self, grid):
-            def launch(*args, **options):
-                result = self.kernel.run(*args, grid=grid, warmup=True, **options)
-                compiled[self.kernel.__name__, result.hash] = result
-            return launch
-
+    triton.JITFunction.run = compile_only
     triton.runtime.driver.set_active(SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
         get_current_stream=lambda device: 0))
-    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
-        setattr(kernels, name, Compile(kernel=getattr(kernels, name)))
     for *sizes, dtype, is_llama in variants:
         launch_kernels(*sizes, getattr(torch, dtype), is_llama)
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -1622,14 +1617,13 @@ def compile_kernels(variants):
                               serialised="C7515" in said.stderr)))
 
 
-@pytest.mark.parametrize("variants", [
-    [(128, 8, 2048, 50257, "bfloat16", True)],
-    pytest.param([(D, K, E, 151936, dtype, is_llama)
-                  for D, E in ((8, 768), (64, 2048), (80, 2560), (128, 5120), (256, 9216))
-                  for K, is_llama in ((8, True), (32, False))
-                  for dtype in ("bfloat16", "float16", "float32")], marks=long, id="all"),
-])
-def test_each_kernel_compiles_for_an_h100_and_spills_nothing(variants):
+def test_each_kernel_compiles_for_an_h100_and_spills_nothing():
+    variants = [(128, 8, 2048, "bfloat16", True)]
+    if LONG:
+        variants = [(D, K, E, dtype, is_llama)
+                    for D, E in ((8, 768), (64, 2048), (80, 2560), (128, 5120), (256, 9216))
+                    for K, is_llama in ((8, True), (32, False))
+                    for dtype in ("bfloat16", "float16", "float32")]
     code = f"import {__name__} as test; test.compile_kernels({variants})"
     ran = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
                          env=os.environ | {"TRITON_INTERPRET": "0"})
@@ -1639,7 +1633,7 @@ def test_each_kernel_compiles_for_an_h100_and_spills_nothing(variants):
     assert not bad, f"spilled registers, wgmma one after the other, or too much memory: {bad}"
     names = [row["kernel"] for row in rows]
     assert set(names) == {name for name in vars(kernels) if name.endswith("_kernel")}
-    if len(variants) == 1:
+    if not LONG:
         assert names.count("prefill_kernel") == 1, "one for all batches"
         assert names.count("decode_kernel") == 2, "in one split, in several"
         assert names.count("merge_kernel") <= 3, "of 16, 32 and 64 splits"
