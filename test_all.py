@@ -1297,9 +1297,8 @@ torch.save(out, sys.argv[2])
 
 
 # -----------------------------------------------------------------------------
-# 3. kernels: Triton kernels against their PyTorch references in float64, which section 4 holds
-# against transformers
-#
+# 3. kernels: Triton's against PyTorch references in float64, which section 4 compares with
+# transformers.
 # Without a GPU the kernels run in Triton's interpreter, in float32 and float16 (it computes wrong
 # results in bfloat16, without an error), and are compiled for a GPU that is not there.
 
@@ -1322,8 +1321,7 @@ def draw(*shape, dtype=torch.float64, seed=0):
 
 def assert_close(got, want, dtype, what=""):
     """The error, in units of 1 + the size of the number, is below the tolerance of the dtype."""
-    got = got.detach().double().cpu()
-    want = want.detach().double()
+    got, want = (x.detach().double().cpu() for x in (got, want))
     assert got.shape == want.shape and not got.isnan().any(), f"{what}: NaN, or {got.shape}"
     worst = ((got - want).abs() / (1 + want.abs())).max() if want.numel() else 0
     assert worst < TOLERANCE[dtype], f"{what}: error {worst:.2e} in {dtype}"
@@ -1342,9 +1340,8 @@ def test_linear_and_its_gradients_are_those_of_autograd(shape, out):
         results.append([y, *(x.grad for x in args)])
     if kernels.ONEDNN:
         assert (type(y.grad_fn).__name__ == "OneDNNLinearBackward") == (shape[0] > 1)
-        if not torch.cuda.is_available():
-            module = torch.nn.Linear(8, 8)
-            assert type(kernels.use_onednn_linears(module)) is kernels.Linear
+    module = kernels.use_onednn_linears(torch.nn.Linear(8, 8))
+    assert type(module) is kernels.Linear or torch.cuda.is_available()
     for want, got in zip(*results):
         assert_close(got, want, torch.float32)
 
@@ -1353,8 +1350,7 @@ def test_linear_and_its_gradients_are_those_of_autograd(shape, out):
 @pytest.mark.parametrize("rows", [1, 20])
 def test_a_product_with_an_activation(device, dtype, rows):
     x, weight = draw(rows, 16, dtype=dtype), draw(32, 16, dtype=dtype, seed=1)
-    names = itertools.product(kernels.ACTIVATIONS, (draw(32, dtype=dtype, seed=2), None))
-    for name, bias in names:
+    for name, bias in itertools.product(kernels.ACTIVATIONS, (weight[:, 0], None)):
         want = kernels.ACTIVATIONS[name].function(torch.nn.functional.linear(x, weight, bias))
         args = [a if a is None else a.to(device, dtype) for a in (x, weight, bias)]
         assert_close(kernels.linear_activation(*args, name), want, dtype, name)
@@ -1368,7 +1364,6 @@ def spec_of(H, D, window, alibi, device="cpu"):
 @every_device
 @pytest.mark.parametrize("lengths, H, K, D, window, alibi", [
     ([3, 0, 1, 133, 0], 2, 2, 64, 0, False),  # empty, one token, longer than a block
-    ([1, 1, 1], 4, 1, 80, 0, True),
     ([70, 5], 4, 1, 128, 7, True),  # a window smaller than a block of keys
     ([0, 150], 1, 1, 64, 64, False),  # a window of exactly one block
     ([35], 1, 1, 256, 0, True),
@@ -1471,7 +1466,7 @@ def test_add_norm_adds_and_norms(device, dtype, E, rms, with_residual):
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p, kept", [
-    (1.0, 2, 1.0, [1, 3]), (0.7, 0, 0.71, [1, 3, 4]), (1.0, 4, 0.5, [1, 3]), (1.0, 0, 1e-9, [1]),
+    (1.0, 2, 1.0, [1, 3]), (0.7, 0, 0.71, [1, 3, 4]), (1.0, 0, 1e-9, [1]),
     (0.7, 9, 1.0, [0, 1, 2, 3, 4]),
 ])
 def test_sampled_tokens_have_their_share_of_the_random_numbers(temperature, top_k, top_p, kept):
@@ -1553,16 +1548,12 @@ def test_logits_of_a_bfloat16_model_are_float32_on_a_gpu():
         assert kernels.logits(x, x).dtype == torch.float32
 
 
-# ---- what the compiler makes of the kernels, for a GPU that is not there ----
-
-
 def empty(*shape, dtype=torch.int64):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 def launch_kernels(D, K, E, dtype, is_llama):
-    """Calls every launcher, with tensors that have no memory, for batches of 1 to 64 rows. D head
-    size, K key heads of 32 heads, E width."""
+    """Every launcher, with tensors without memory. D head size, K key heads of 32, E width."""
     spec = AttentionSpec(0.1)
     if not is_llama:
         spec = AttentionSpec(0.1, window=1024, slopes=empty(32, dtype=torch.float32))
