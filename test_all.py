@@ -4143,75 +4143,53 @@ def test_a_copy_of_a_script_with_one_more_flag_and_metric_runs_under_torchrun(
 
 
 @pytest.fixture
-def talk(small, monkeypatch, capsys):
-    """talk(*lines, **flags): what chat.py prints where a user types these lines to a small model,
-    which answers greedily. talk.asked: the texts that it was asked."""
-    import chat
+def talk(small, tok, monkeypatch, capsys):
+    """talk(*lines, **flags): what chat.py prints where a user types these lines and the model says
+    "né€ ok". talk.asked: what the model was asked, and the ids that end an answer."""
 
-    render = data.render
-
-    def recorded(*args):
-        talk.asked.append(render(*args))
-        return talk.asked[-1]
+    def stream(engine, prompt, n, temperature, top_k, top_p, ends, seed):
+        talk.asked.append((tok.decode(prompt), ends))
+        return tok("né€ ok")["input_ids"]
 
     def talk(*lines, **flags):
         talk.asked = []
         typed = iter([*lines, ""])
         monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-        chat.main(chat.Config(**{"model": small, "temperature": 0.0, "max_new_tokens": 6, **flags}))
+        chat.main(chat.Config(**{"model": small, **flags}))
         return capsys.readouterr().out
 
-    monkeypatch.setattr(data, "render", recorded)
+    monkeypatch.setattr(HybridEngine, "stream", stream)
     return talk
 
 
-def greedy_answer(folder, text, tok):
-    """The answer of transformers."""
-    from transformers import AutoModelForCausalLM
-
-    lm = AutoModelForCausalLM.from_pretrained(folder)
-    ids = tok(f"Human: {text}\nAssistant:", return_tensors="pt")["input_ids"]
-    out = lm.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.size(1) :]
-    return tok.decode(out, skip_special_tokens=True).strip()
-
-
-def test_chat_prints_the_answer_alone_for_one_prompt_and_both_of_two_models(
-        talk, small, chain, tok):
-    expected = greedy_answer(small, "reverse lamu", tok)
-    for engine in ("hybrid", "hf"):
-        assert talk(prompt="reverse lamu", engine=engine).strip() == expected != "", engine
-    out = talk("sort boda", compare=chain["sft"][0])
-    for name in (small, chain["sft"][0]):
-        assert f"{name}: {greedy_answer(name, 'sort boda', tok)}" in out
+@pytest.mark.parametrize("engine", ["hybrid", "hf"])
+def test_chat_prints_the_answer_of_transformers(engine, small, tok, capsys):
+    ids = tok("Human: reverse lamu\nAssistant:", return_tensors="pt")["input_ids"]
+    out = load_lm(small).generate(ids, do_sample=False, max_new_tokens=6)[0, ids.size(1) :]
+    chat.main(chat.Config(model=small, prompt="reverse lamu", max_new_tokens=6, temperature=0.0,
+                          engine=engine))
+    expected = tok.decode(out, skip_special_tokens=True).strip()
+    assert capsys.readouterr().out.strip() == expected != ""
 
 
-def test_chat_ends_an_answer_at_each_id_that_the_folder_names(talk, small, tok, tmp_path,
-                                                              monkeypatch):
-    folder = shutil.copytree(small, tmp_path / "model")
-    ends = {"eos_token_id": [tok.eos_token_id, tok.pad_token_id]}
-    (folder / "generation_config.json").write_text(json.dumps(ends))
-    asked = []
-    monkeypatch.setattr(HybridEngine, "stream", lambda *args: asked.append(args) or [])
-    talk(prompt="?", model=str(folder))
-    assert [tok.eos_token_id, tok.pad_token_id] in asked[0]
+def test_chat_prints_whole_characters_and_whose_answer_it_is_where_there_are_two(
+        talk, small, chain):
+    assert talk(prompt="?") == "né€ ok\n"
+    printed = talk("?", compare=chain["sft"][0])
+    assert printed == f"{small}: né€ ok\n{chain['sft'][0]}: né€ ok\n"
 
 
 @pytest.mark.parametrize("turns, flag", ((1, False), (2, False), (1, True)))
-def test_chat_goes_on_in_turns_where_the_model_was_trained_on_them(
+def test_chat_goes_on_in_turns_where_asked_or_trained_on_them_and_knows_the_ends_of_the_folder(
         talk, small, tmp_path, turns, flag):
     words = [{"role": role, "content": "hi"} for role in ("user", "assistant") * turns]
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": words}] * 3)
     folder = shutil.copytree(small, tmp_path / "model")
     (folder / "run.json").write_text(json.dumps({"config": {"data": rows}}))
-    said = talk("one", "two", model=str(folder), turns=flag).splitlines()[0]
-    before = f"Human: one\nAssistant: {said.removeprefix('Assistant: ')}\n"
-    assert talk.asked[1] == before * (turns > 1 or flag) + "Human: two\nAssistant:"
-
-
-def test_chat_prints_a_character_of_several_tokens_when_it_is_whole(talk, monkeypatch, tok):
-    stream = tok("né€ ok")["input_ids"]
-    monkeypatch.setattr(hybrid_engine.HybridEngine, "stream", lambda *args: stream)
-    assert talk(prompt="?") == "né€ ok\n"
+    (folder / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
+    talk("one", "two", model=str(folder), turns=flag)
+    before = "Human: one\nAssistant: né€ ok\n" * (turns > 1 or flag)
+    assert talk.asked[1] == (f"{before}Human: two\nAssistant:", [256, 257])
 
 
 def readme_commands():
@@ -4236,18 +4214,8 @@ def test_make_demo_and_each_ppo_of_the_readme_after_it_end_better_than_they_bega
         code, printed = command(*args, cwd=repo)
         assert code == 0, printed
         out = repo / (args[args.index("--out") + 1] if "--out" in args else "out/ppo")
-        rows = read_lines(out / "metrics.jsonl")
-        gold = [row["eval_toy_correct"] for row in rows if "eval_toy_correct" in row]
-        assert gold[-1] > gold[0] + 0.2, (args, gold)
-    assert 0.55 < json.loads((repo / "out/demo/summary.json").read_text())["sft"]["gold"] < 0.7
-
-
-def test_the_readme_gives_the_sizes_of_the_files_within_a_tenth():
-    sizes = re.findall(r"^(\w+\.py) +(\d+) ", (HERE / "README.md").read_text(), re.M)
-    assert len(sizes) == 9
-    for name, lines in sizes:
-        counted = len((HERE / name).read_text().splitlines())
-        assert abs(int(lines) - counted) <= counted / 10, f"{name} has {counted} lines"
+        gold = [row.get("eval_toy_correct") for row in read_lines(out / "metrics.jsonl")]
+        assert gold[-1] > gold[0] + 0.2, args
 
 
 # -----------------------------------------------------------------------------
