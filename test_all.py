@@ -4164,19 +4164,16 @@ def talk(small, tok, monkeypatch, capsys):
 
 @pytest.mark.parametrize("engine", ["hybrid", "hf"])
 def test_chat_prints_the_answer_of_transformers(engine, small, tok, capsys):
-    ids = tok("Human: reverse lamu\nAssistant:", return_tensors="pt")["input_ids"]
+    ids = tok("Human: hi\nAssistant:", return_tensors="pt")["input_ids"]
     out = load_lm(small).generate(ids, do_sample=False, max_new_tokens=6)[0, ids.size(1) :]
-    chat.main(chat.Config(model=small, prompt="reverse lamu", max_new_tokens=6, temperature=0.0,
-                          engine=engine))
+    chat.main(chat.Config(small, prompt="hi", max_new_tokens=6, temperature=0.0, engine=engine))
     expected = tok.decode(out, skip_special_tokens=True).strip()
     assert capsys.readouterr().out.strip() == expected != ""
 
 
-def test_chat_prints_whole_characters_and_whose_answer_it_is_where_there_are_two(
-        talk, small, chain):
+def test_chat_prints_whole_characters_and_the_name_of_each_of_two_models(talk, small):
     assert talk(prompt="?") == "né€ ok\n"
-    printed = talk("?", compare=chain["sft"][0])
-    assert printed == f"{small}: né€ ok\n{chain['sft'][0]}: né€ ok\n"
+    assert talk("?", compare="tiny") == f"{small}: né€ ok\ntiny: né€ ok\n"
 
 
 @pytest.mark.parametrize("turns, flag", ((1, False), (2, False), (1, True)))
@@ -4192,30 +4189,23 @@ def test_chat_goes_on_in_turns_where_asked_or_trained_on_them_and_knows_the_ends
     assert talk.asked[1] == (f"{before}Human: two\nAssistant:", [256, 257])
 
 
-def readme_commands():
-    """[(launcher, script, flags)]"""
-    text = (HERE / "README.md").read_text().replace("\\\n", " ")
-    return re.findall(r"^(python|torchrun .*?) (\w+\.py|-m tools\.demo)([^#\n]*)", text, re.M)
-
-
 def test_each_command_of_the_readme_has_flags_that_exist():
-    assert len(readme_commands()) > 5
-    for _, script, flags in readme_commands():
-        module = importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
-        utils.parse_args(module.Config, shlex.split(flags))
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    pattern = r"^(?:python|torchrun .*?) (?:-m )?(\w+|tools\.demo)(?:\.py)? (--[^#\n]*)"
+    commands = re.findall(pattern, text, re.M)
+    assert len(commands) > 5
+    for script, flags in commands:
+        utils.parse_args(importlib.import_module(script).Config, shlex.split(flags))
 
 
 @long
-def test_make_demo_and_each_ppo_of_the_readme_after_it_end_better_than_they_began(tmp_path):
+def test_make_demo_and_the_ppo_after_it_end_better_than_they_began(tmp_path):
     repo = shutil.copytree(HERE, tmp_path / "repo", ignore=shutil.ignore_patterns(".*", "out"))
-    after = [shlex.split(flags) for launcher, script, flags in readme_commands()
-             if (launcher, script) == ("python", "ppo.py") and "--model" not in flags]
-    for args in (["-m", "tools.demo"], *(["ppo.py", *flags] for flags in after)):
-        code, printed = command(*args, cwd=repo)
+    for out, args in (("ppo", "-m tools.demo"), ("kl", "ppo.py --kl-coef 0.1 --out out/kl")):
+        code, printed = command(*args.split(), cwd=repo)
         assert code == 0, printed
-        out = repo / (args[args.index("--out") + 1] if "--out" in args else "out/ppo")
-        gold = [row.get("eval_toy_correct") for row in read_lines(out / "metrics.jsonl")]
-        assert gold[-1] > gold[0] + 0.2, args
+        first, *_, last = read_lines(repo / "out" / out / "metrics.jsonl")
+        assert last["eval_toy_correct"] > first["eval_toy_correct"] + 0.2, args
 
 
 # -----------------------------------------------------------------------------
