@@ -2301,9 +2301,6 @@ explained_variance engine_gap_mean engine_gap_max actor_grad_norm critic_grad_no
 rollout_s score_s update_s seconds tokens_per_s memory_gib score_reward""".split())
 EVALUATED = {"eval_score", "eval_score_se", "eval_kl", "eval_reward", "eval_reward_std"}
 RULES_OF_RUNS = """
-def length(completions):
-    return [len(c) for c in completions]
-
 def short(completions, **fields):
     return [-len(c) for c in completions]
 
@@ -2313,12 +2310,6 @@ def near(completions, target, **fields):
 
 def picky(prompts, completions):
     return [len(c) if "sort" in p else None for p, c in zip(prompts, completions)]
-
-def constant(completions):
-    return [0.1] * len(completions)
-
-def silent(completions):
-    return [None] * len(completions)
 """
 
 
@@ -2335,237 +2326,134 @@ def flags(chain, toy_file):
                 batch_size=16, iterations=1, minibatches=1, max_new_tokens=8, ema=0.0)
 
 
-def copy_of(folder, to, **changes):
-    """A model folder again, with other entries in its config; None takes one out."""
-    shutil.copytree(folder, to)
-    config = json.loads((to / "config.json").read_text()) | changes
-    config = {name: value for name, value in config.items() if value is not None}
-    (to / "config.json").write_text(json.dumps(config))
-    return str(to)
-
-
-def as_foreign(folder, to):
-    """A reward model as others publish them: raw logits around -30, and no record of a run."""
-    from safetensors.torch import load_file, save_file
-
-    copy_of(folder, to, score_offset=None, score_scale=None)
-    (to / "run.json").unlink()
-    state = load_file(to / "model.safetensors")
-    state["score.weight"] *= 8
-    save_file(state, to / "model.safetensors", {"format": "pt"})
-    return str(to)
-
-
-def test_every_step_logs_finite_numbers_and_what_its_reader_needs(chain):
-    assert {"loss", "grad_norm", "lr", "held_out_loss"} <= set(chain["sft"][1][-1])
-    needed = {"loss", "accuracy", "margin", "grad_norm", "lr", "held_out_accuracy"}
-    assert needed <= set(chain["reward"][1][-1])
+def test_every_iteration_logs_what_its_readers_need(chain):
     folder, metrics = chain["ppo"]
-    assert EVALUATED <= set(metrics[0])
     assert len(metrics) == 4, "the evaluation before training, and three iterations"
-    for row in metrics[1:]:
-        assert COLUMNS <= set(row), COLUMNS - set(row)
+    assert EVALUATED <= set(metrics[0])
+    assert all(COLUMNS <= set(row) for row in metrics[1:])
     assert EVALUATED | {name.replace("eval", "eval_ema") for name in EVALUATED} <= set(metrics[3])
-    first = metrics[1]
-    assert abs(first["kl"]) < 1e-3, "before the first update actor and reference are one"
-    assert first["engine_gap_max"] < 1e-4, "and so are sampler and trainer"
-    samples = read_lines(f"{folder}/samples.jsonl")
-    assert len(samples) == 3 * 8
-    own = [sample for sample in samples if sample["step"] == 3]
+    samples = [row for row in read_lines(f"{folder}/samples.jsonl") if row["step"] == 3]
+    assert len(samples) == 8
     for name, column in (("score", "score"), ("kl", "kl"), ("eos_rate", "eos"),
                          ("length", "tokens"), ("score_reward", "reward")):
-        assert metrics[3][name] == pytest.approx(np.mean([s[column] for s in own]), abs=1e-3), name
+        mean = np.mean([sample[column] for sample in samples])
+        assert metrics[3][name] == pytest.approx(mean, abs=1e-3), name
 
-
-def test_tokens_jsonl_has_the_numbers_of_each_token_and_the_critic_starts_as_the_reward_model(
-        chain, tok):
     lists = {"response_tokens", "mask", "logprobs", "ref_logprobs", "values", "token_rewards",
              "advantages", "returns"}
-    critic = reward.RewardModel.from_pretrained(chain["reward"][0], torch.float32)
-    rows = read_lines(f"{chain['ppo'][0]}/tokens.jsonl")
+    rows = read_lines(f"{folder}/tokens.jsonl")
     assert [row["step"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4
     for row in rows:
         assert set(row) == lists | {"step", "prompt", "reward"}
         assert {len(row[name]) for name in lists} == {len(row["response_tokens"])}
-        kl = 0.05 * (np.array(row["logprobs"]) - row["ref_logprobs"])
-        assert row["token_rewards"][:-1] == pytest.approx(-kl[:-1], abs=1e-5)
-        if row["step"] == 1:  # the state before the first token
-            value = critic(torch.tensor([tok(row["prompt"])["input_ids"]]))[0, -1].item()
-            assert row["values"][0] == pytest.approx(value, rel=1e-4)
+        kl = np.array(row["logprobs"]) - row["ref_logprobs"]
+        assert row["token_rewards"][:-1] == pytest.approx(-0.05 * kl[:-1], abs=1e-5)
 
 
-def test_what_is_rewarded_becomes_likelier_and_what_was_chosen_scores_higher(
-        flags, rules, tmp_path, capsys):
+def test_what_is_rewarded_becomes_likelier(flags, rules, tmp_path, capsys):
     more = dict(batch_size=32, iterations=10, minibatches=2, actor_lr=3e-3)
-    metrics = train(ppo, tmp_path / "ppo", **flags | more | dict(reward=f"{rules}:short:0.5"))
-    assert metrics[-1]["score"] > metrics[1]["score"] + 0.5
-    assert metrics[-1]["length"] < metrics[1]["length"]
-    assert metrics[0]["eval_short"] == pytest.approx(2 * metrics[0]["eval_score"]), "raw"
+    metrics = train(ppo, tmp_path / "ppo", **flags | more | dict(reward=f"{rules}:short"))
+    assert metrics[-1]["score"] > metrics[1]["score"] + 1
     printed = capsys.readouterr().out
     assert f"python chat.py --model {tmp_path / 'ppo'}" in printed.splitlines()[-1]
     assert ("did not end within --max-new-tokens" in printed) == (metrics[-1]["eos_rate"] < 0.5)
-
-    rows = [{"prompt": f"number {i}", "answers": ["best", "good", "fair"], "scores": [3, 2, 1]}
-            for i in range(100)]
-    path = write_rows(tmp_path / "rankings.jsonl", rows)
-    metrics = train(reward, tmp_path / "rm", **COMMON, model=flags["model"], data=path, epochs=4,
-                    lr=1e-3)
-    assert metrics[-1]["held_out_accuracy"] > 0.95 > metrics[0]["accuracy"]
-
-
-def test_a_reward_of_weight_0_is_logged_as_it_is_and_trains_nothing(flags, tmp_path):
-    assert ppo.Config().reward == "out/reward,data.py:toy_correct:0"
-    weights = {}
-    for name, more in (("without", ""), ("gold", ",data.py:toy_correct:0")):
-        out = tmp_path / name
-        metrics = train(ppo, out, **flags | dict(reward=flags["reward"] + more))
-        weights[name] = (out / "model.safetensors").read_bytes()
-    assert weights["gold"] == weights["without"]
-    samples = read_lines(out / "samples.jsonl")
-    prompts, answers = ([s[key] for s in samples] for key in ("prompt", "answer"))
-    gold = data.toy_correct(prompts=prompts, completions=answers)
-    assert [sample["toy_correct"] for sample in samples] == gold
-    assert all(sample["score"] == sample["reward"] for sample in samples)
-    assert metrics[1]["score_toy_correct"] == pytest.approx(np.mean(gold))
-    assert {"eval_toy_correct", "eval_toy_correct_std"} <= set(metrics[0])
-
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"number {i}"} for i in range(80)])
-    more = dict(data=rows, reward=f"{flags['reward']},data.py:toy_correct:0")
-    metrics = train(ppo, tmp_path / "other", **flags | more)
-    assert not any("toy_correct" in name for row in metrics for name in row), "it judged nothing"
 
 
 def test_an_answer_that_no_reward_judged_is_left_out_and_counted(
         flags, rules, tmp_path, monkeypatch):
     calls = record_rollouts(monkeypatch)
     more = dict(reward=f"{rules}:picky,{rules}:short:0", micro_batch=2)
-    metrics = train(ppo, tmp_path / "p", **flags | more)
+    row = train(ppo, tmp_path / "p", **flags | more)[1]
     batch = calls[1][1]
-    sort = ["sort" in prompt for prompt in batch.columns["prompts"]]
-    assert 0 < sum(sort) < 8, "some micro batches have none"
-    assert batch.mask.any(1).tolist() == sort
-    assert not batch.advantages[~torch.tensor(sort)].any()
-    judged = [len(c) for c, s in zip(batch.columns["completions"], sort) if s]
-    row = metrics[1]
-    assert row["unjudged"] == 16 - sum(sort)
-    assert row["score"] == row["score_picky"] == pytest.approx(np.mean(judged))
+    judged = ["sort" in prompt for prompt in batch.columns["prompts"]]
+    assert 0 < sum(judged) < 8, "some micro batches have none"
+    assert batch.mask.any(1).tolist() == judged
+    assert not batch.advantages[~torch.tensor(judged)].any()
+    lengths = [len(c) for c, is_judged in zip(batch.columns["completions"], judged) if is_judged]
+    assert row["unjudged"] == 16 - sum(judged)
+    assert row["score"] == row["score_picky"] == pytest.approx(np.mean(lengths))
     assert row["skipped"] == 0 and row["actor_grad_norm"] > 0
     samples = read_lines(tmp_path / "p" / "samples.jsonl")
-    assert ["picky" in sample for sample in samples] == sort
-    for name in ("constant", "silent"):
-        with pytest.raises(utils.UserError, match="nothing to learn"):
-            train(ppo, tmp_path / name, **flags | dict(reward=f"{rules}:{name}"))
+    assert ["picky" in sample for sample in samples] == judged
 
 
-def test_rewards_are_logged_apart_under_names_of_their_own(chain, flags, rules, tmp_path):
-    folder = chain["reward"][0]
-    config = json.loads(Path(folder, "config.json").read_text())
-    other = copy_of(folder, tmp_path / "reward", score_offset=config["score_offset"] + 1.0)
+def test_rewards_are_logged_apart_under_names_of_their_own(flags, rules, tmp_path):
+    folder = flags["reward"]
     rows = [{"prompt": f"copy {i}", "target": i % 7} for i in range(120)]
     more = dict(data=write_rows(tmp_path / "rows.jsonl", rows),
-                reward=f"{folder}:0.5,{other}:-2,{rules}:near:0.25")
+                reward=f"{folder}:0.5,{folder}:-2,{rules}:near:0.25,data.py:toy_correct:0")
     metrics = train(ppo, tmp_path / "p", **flags | more)
-    samples = read_lines(tmp_path / "p" / "samples.jsonl")
-    for sample in samples:
+    assert not any("toy_correct" in name for row in metrics for name in row), "it judged nothing"
+    for sample in read_lines(tmp_path / "p" / "samples.jsonl"):
         number = int(re.search(r"copy (\d+)", sample["prompt"])[1])
         assert sample["near"] == -abs(len(sample["answer"]) - number % 7), "its row's own field"
-        shifted = sample["reward"] - config["score_scale"]
-        assert sample["reward_"] == pytest.approx(shifted, abs=1e-3)
         total = 0.5 * sample["reward"] - 2 * sample["reward_"] + 0.25 * sample["near"]
         assert sample["score"] == pytest.approx(total, abs=1e-3)
-    for name in ("reward", "reward_", "near"):
-        mean = np.mean([sample[name] for sample in samples])
-        assert metrics[1][f"score_{name}"] == pytest.approx(mean, abs=1e-3)
 
 
-@pytest.mark.parametrize("where", ["reward", "critic", "both"])
-def test_a_foreign_critic_has_the_scale_in_which_ppo_sees_the_score(
-        where, chain, flags, rules, tmp_path, monkeypatch, capsys):
-    foreign = as_foreign(chain["reward"][0], tmp_path / "foreign")
-    spec = {"reward": dict(reward=foreign), "both": dict(reward=foreign, critic=foreign + "/"),
-            "critic": dict(reward=f"{rules}:length", critic=foreign)}[where]
+def test_a_foreign_critic_has_the_scale_in_which_ppo_sees_the_score(flags, tmp_path, monkeypatch):
+    foreign = shutil.copytree(flags["reward"], tmp_path / "foreign")
+    config = json.loads((foreign / "config.json").read_text())
+    del config["score_offset"], config["score_scale"]
+    (foreign / "config.json").write_text(json.dumps(config))
     calls = record_rollouts(monkeypatch)
-    metrics = train(ppo, tmp_path / "p", **flags | spec)
+    before, metrics = train(ppo, tmp_path / "p", **flags | dict(reward=str(foreign)))
     batch = calls[1][1]
     raw = reward.RewardModel.from_pretrained(foreign, torch.float32)
     with torch.no_grad():
         values = ppo.answer_values(raw, batch)
-    before = metrics[0]
     mean, std = before["eval_critic"], before["eval_critic_std"]
-    torch.testing.assert_close(batch.values, (values - mean) / std * batch.mask, rtol=1e-3,
-                               atol=1e-3)
-    if where != "critic":
-        assert (before["eval_foreign"], before["eval_foreign_std"]) == pytest.approx((mean, std))
-        assert metrics[1]["score"] == pytest.approx(batch.scores["foreign"].mean().item()), "raw"
-    seen = f"PPO sees (score - {before['eval_score']:.4g})"
-    assert seen in capsys.readouterr().out
+    assert abs(std - 1) > 0.1, "it has a scale of its own"
+    expected = (values - mean) / std * batch.mask
+    torch.testing.assert_close(batch.values, expected, rtol=1e-3, atol=1e-3)
+    assert (before["eval_foreign"], before["eval_foreign_std"]) == pytest.approx((mean, std))
+    assert metrics["score"] == pytest.approx(batch.scores["foreign"].mean().item()), "raw"
 
 
 def test_the_critic_starts_from_the_flag_else_the_first_reward_that_counts_else_a_new_head(
         tok, monkeypatch):
     monkeypatch.setattr(ppo, "load_reward_model", lambda path, *arguments: path)
 
-    def start(*scorers, **more):
-        cfg = ppo.Config(model="tiny", **more)
+    def start(*scorers, critic=""):
+        cfg = ppo.Config(model="tiny", critic=critic)
         return ppo.load_critic(cfg, scorers, tok, torch.float32)
 
-    logged, counts = (ppo.Scorer(name, name, weight, model=1) for name, weight in zip("ab", (0, 1)))
     rule = ppo.Scorer("rules.py:f", "f", 1.0, function=len)
-    assert start(rule, logged, counts) == "b", "one of weight 0 is only logged"
-    assert start(rule, logged, counts, critic="c") == "c"
+    logged = ppo.Scorer("logged", "logged", 0.0, model=1)
+    counts = ppo.Scorer("counts", "counts", 1.0, model=1)
+    assert start(rule, logged, counts) == "counts"
+    assert start(rule, logged, counts, critic="flag") == "flag"
     new = start(rule, logged).lm
     assert new.config.score_scale == 1.0, "a new head is no foreign one"
     assert new.score.weight.std().item() == pytest.approx(129**-0.5, rel=0.2)
 
 
-def test_learning_rates_fall_linearly_to_a_tenth_and_know_the_built_in_model_from_others(
-        flags, rules, tmp_path, monkeypatch):
-    rates = []
-    real = utils.set_lr
-    monkeypatch.setattr(utils, "set_lr", lambda e, lr: (rates.append((type(e.module), lr)),
-                                                        real(e, lr)))
+def test_learning_rates_fall_linearly_to_a_tenth_and_the_actors_is_0_in_the_warm_up_of_the_critic(
+        flags, tmp_path, monkeypatch):
+    rates = defaultdict(list)
+    monkeypatch.setattr(utils, "set_lr", lambda engine, lr: rates[type(engine.module)].append(lr))
     more = dict(batch_size=2, iterations=12, max_new_tokens=2, critic_warmup=2)
     metrics = train(ppo, tmp_path / "p", **flags | more)
     shares = [max(0.1, 1 - done / 12) for done in range(12)]
-    actor = [3e-4 * share if i >= 2 else 0.0 for i, share in enumerate(shares)]
-    assert [lr for kind, lr in rates if kind is sft.Policy] == pytest.approx(actor)
-    critic = [lr for kind, lr in rates if kind is reward.RewardModel]
-    assert critic == pytest.approx([1e-3 * share for share in shares])
+    actor = [0, 0] + [3e-4 * share for share in shares[2:]]
+    assert rates[sft.Policy] == pytest.approx(actor)
+    assert rates[reward.RewardModel] == pytest.approx([1e-3 * share for share in shares])
     assert [row["actor_lr"] for row in metrics[1:]] == pytest.approx(actor), "what was used"
     evaluated = [row["step"] for row in metrics if "eval_score" in row]
     assert evaluated == [0, 3, 6, 9, 12], "four, besides the one at its start"
-    for vocab_size, lr in ((258, 1e-3), (50_000, 1e-5)):
-        config = type("Config", (), {"vocab_size": vocab_size})
-        assert utils.pick_lr(0.0, config, 1e-3, 1e-5) == lr
-        assert utils.pick_lr(2e-4, config, 1e-3, 1e-5) == 2e-4
 
 
 # With gradient checkpointing a model trains in training mode.
 @pytest.mark.parametrize("minibatches, gradient_checkpointing", [(1, False), (2, True)])
-def test_the_first_ratio_is_exactly_one_in_spite_of_dropout_in_the_config(
-        minibatches, gradient_checkpointing, chain, flags, tmp_path, monkeypatch):
-    folders = {"model": copy_of(chain["sft"][0], tmp_path / "sft", attention_dropout=0.1),
-               "reward": copy_of(chain["reward"][0], tmp_path / "reward", attention_dropout=0.1)}
-    forwards = []
-    real = sft.Policy.forward
-
-    def forward(self, *arguments):
-        forwards.append(torch.is_grad_enabled())
-        return real(self, *arguments)
-
-    monkeypatch.setattr(sft.Policy, "forward", forward)
-    flags = flags | folders | dict(temperature=0.7, micro_batch=3, minibatches=minibatches)
-    metrics = train(ppo, tmp_path / "p", **flags, actor_lr=1e-12,
-                    gradient_checkpointing=gradient_checkpointing)
-    row = metrics[1]
-    assert row["ratio_max"] == row["ratio_mean"] == 1, "exactly, at any temperature"
+def test_the_first_ratio_is_exactly_one_at_any_temperature(
+        minibatches, gradient_checkpointing, flags, tmp_path):
+    flags = flags | dict(temperature=0.7, micro_batch=3, minibatches=minibatches)
+    row = train(ppo, tmp_path / "p", **flags, actor_lr=1e-12,
+                gradient_checkpointing=gradient_checkpointing)[1]
+    assert row["ratio_max"] == row["ratio_mean"] == 1
     assert row["clip_frac"] == row["approx_kl"] == 0
     assert abs(row["kl"]) < 1e-5, "the reference has the temperature in it too"
     assert row["engine_gap_max"] < 1e-4, "and so has the sampler"
-    # Of 16 rows: 3, 3, 3, 3, 3, 1, or twice 3, 3, 2; two evaluations in micro batches of 32.
-    # A single step needs no forward of the actor before it.
-    scored = 6 * minibatches
-    assert [forwards.count(with_gradient) for with_gradient in (False, True)] == [scored + 4, 6]
 
 
 def test_rollouts_are_in_random_order_and_answers_to_a_prompt_stand_side_by_side_and_differ(
@@ -2576,9 +2464,8 @@ def test_rollouts_are_in_random_order_and_answers_to_a_prompt_stand_side_by_side
         train(ppo, tmp_path / f"{seed}", **flags | more)
     rollouts = [call for call in calls if len(call[0]) == 16]
     assert len({seed for seeds, _ in rollouts for seed in seeds}) == 4 * 16, "each has its own"
-    for seeds, _ in calls:
-        fixed = [2**31 + i for i in range(len(seeds))]
-        assert len(seeds) == 16 or seeds == fixed, "evaluations have always the same"
+    evaluations = [seeds for seeds, _ in calls if len(seeds) != 16]
+    assert all(seeds == evaluations[0] for seeds in evaluations), "always the same"
     for _, batch in rollouts:
         prompts = np.array(batch.columns["prompts"]).reshape(4, 4)
         assert (prompts == prompts[:, :1]).all() and len(set(prompts[:, 0])) == 4
@@ -2590,29 +2477,29 @@ def test_rollouts_are_in_random_order_and_answers_to_a_prompt_stand_side_by_side
 
 def test_a_reward_model_of_another_chat_template_or_tokenizer_is_refused_a_foreign_one_named(
         small, toy_file, tmp_path, capsys):
-    """Two bases of which only one is given the template: both name it in its own run."""
+    """Two bases of which only one is given the template."""
     common = dict(COMMON, model=small, data=toy_file, epochs=0.1)
-    template = "Q: {prompt}\nA:"
-    train(sft, tmp_path / "sft", template=template, **common)
+    for script, name in ((sft, "sft"), (reward, "same")):
+        train(script, tmp_path / name, template="Q: {prompt}\nA:", **common)
     train(reward, tmp_path / "rm", **common)
-    train(reward, tmp_path / "same", template=template, **common)
-    flags = dict(COMMON, model=str(tmp_path / "sft"), data=toy_file, iterations=1, minibatches=1,
-                 max_new_tokens=4)
-    with pytest.raises(utils.UserError, match="rm has another chat template .*sft; .*--template"):
-        train(ppo, tmp_path / "a", **flags, reward=str(tmp_path / "rm"))
-    capsys.readouterr()
+    tok = utils.load_tokenizer(str(tmp_path / "sft"))
+
+    def load(name):
+        return reward.load_reward_model(str(tmp_path / name), torch.float32, "x", tok)
+
+    load("same")
+    with pytest.raises(utils.UserError, match="rm has another chat template .*x; .*--template"):
+        load("rm")
     (tmp_path / "rm" / "run.json").unlink()
-    train(ppo, tmp_path / "b", **flags, reward=f"{tmp_path / 'same'},{tmp_path / 'rm'}")
-    assert capsys.readouterr().out.count("has another chat template than --model") == 1
-    samples = read_lines(tmp_path / "b" / "samples.jsonl")
-    assert all(re.fullmatch(r"Q: \w+ \w+\nA:", sample["prompt"]) for sample in samples)
-    other = utils.load_tokenizer("tiny")
-    other.add_tokens(["<more>"])
+    capsys.readouterr()
+    load("rm")
+    assert "rm has another chat template than --model x" in capsys.readouterr().out
+    tok.add_tokens(["<more>"])
     with pytest.raises(utils.UserError, match="same has another tokenizer than --model x"):
-        reward.load_reward_model(str(tmp_path / "same"), torch.float32, "x", other)
+        load("same")
 
 
-def test_ids_without_a_word_are_neither_sampled_nor_part_of_any_probability(
+def test_ids_without_a_word_are_neither_trained_nor_sampled(
         toy_file, tok, rules, tmp_path, monkeypatch):
     """A model whose vocabulary is padded from 258 to 320 ids."""
     from transformers import AutoModelForCausalLM as Auto
@@ -2624,20 +2511,12 @@ def test_ids_without_a_word_are_neither_sampled_nor_part_of_any_probability(
     tok.save_pretrained(tmp_path / "padded")
     common = dict(COMMON, data=toy_file, zero=some(0, 3))
     train(sft, tmp_path / "sft", model=str(tmp_path / "padded"), epochs=0.1, **common)
-    heads = [Auto.from_pretrained(tmp_path / name).lm_head.weight for name in ("sft", "padded")]
-    assert heads[0].shape == (320, 64)
-    moved = (heads[0] != heads[1]).any(1)
-    assert moved[66:90].all() and not moved[258:].any()
-
-    lm = utils.load_model(Auto, str(tmp_path / "sft"), torch.float32, tok)
-    tokens, lengths = torch.tensor([[72, 117, 109, 97]]), torch.tensor([2])
-    logprobs, entropy = sft.Policy(lm)(tokens, lengths, lengths)
-    expected = lm(tokens).logits[0, 1:3, :258].log_softmax(-1)
-    torch.testing.assert_close(logprobs[0], expected[[0, 1], [109, 97]])
-    torch.testing.assert_close(entropy[0], -(expected.exp() * expected).sum(-1))
+    new, old = (Auto.from_pretrained(tmp_path / name).lm_head.weight for name in ("sft", "padded"))
+    moved = (new != old).any(1)
+    assert len(moved) == 320 and moved[66:90].all() and not moved[258:].any()
 
     calls = record_rollouts(monkeypatch)
-    metrics = train(ppo, tmp_path / "ppo", model=str(tmp_path / "sft"), reward=f"{rules}:length",
+    metrics = train(ppo, tmp_path / "ppo", model=str(tmp_path / "sft"), reward=f"{rules}:short",
                     iterations=1, minibatches=1, max_new_tokens=8, **common)
     assert metrics[1]["engine_gap_max"] < 1e-4, "sampler and trainer agree"
     assert max(batch.tokens.max() for _, batch in calls) < 258
@@ -2826,16 +2705,18 @@ def test_offloaded_frozen_models_are_on_the_device_only_while_they_are_needed():
 # 9. two ranks take the steps of one process
 
 
-def trained_on_ranks(name, out, flags):
+def run_script(name, out, flags):
     script = {"sft": sft, "reward": reward, "ppo": ppo}[name]
-    metrics = None
     script.main(script.Config(out=out, **flags))
-    if dist.get_rank() == 0:  # it has written them
-        metrics = read_lines(Path(out) / "metrics.jsonl")
-    return metrics
 
 
-def assert_same_steps(metrics, expected, rel=2e-3):
+def train_on(two, script, out, **flags):
+    """Like train(), on two ranks."""
+    two(run_script, script.__name__, str(out), flags)
+    return read_lines(out / "metrics.jsonl")
+
+
+def assert_same_steps(metrics, expected):
     """The same numbers, but for rounding and for time."""
     assert len(metrics) == len(expected)
     timed = re.compile(r".*_s|seconds|tokens_per_s|memory_gib|engine_gap.*")
@@ -2843,62 +2724,31 @@ def assert_same_steps(metrics, expected, rel=2e-3):
         assert set(row) == set(expected_row)
         for name, value in expected_row.items():
             if not timed.fullmatch(name):
-                assert row[name] == pytest.approx(value, rel=rel, abs=2e-5), (row["step"], name)
-
-
-def weights_of(folder):
-    from safetensors.torch import load_file
-
-    state = load_file(Path(folder) / "model.safetensors")
-    return torch.cat([x.flatten() for _, x in sorted(state.items())])
+                assert row[name] == pytest.approx(value, rel=2e-3, abs=2e-5), (row["step"], name)
 
 
 def assert_same_weights(folder, other, start):
-    """Closer to each other than a hundredth of the way that they have come."""
-    apart = weights_of(folder) - weights_of(other)
-    assert apart.norm() < 0.01 * (weights_of(other) - weights_of(start)).norm()
+    assert distance(lm_of(folder), lm_of(other), lm_of(start)) < 0.01
 
 
 def use_collectives():
-    """Gathers and computes rows that two ranks hold in turns, of different number and width."""
+    """Rows that two ranks hold in turns, of different number and width, and an error of rank 0."""
+    utils.init_distributed(1)
     rank = dist.get_rank()
     whole = torch.arange(35).view(5, 7) + 1
-    lengths = np.array([9, 8, 7, 6, 5])
-
-    def forward(indices):
-        return torch.tensor(indices)[:, None] * torch.tensor([1.0, 10.0])
 
     def fail():
         raise utils.UserError("of rank 0")
 
-    try:
+    with pytest.raises(utils.UserError, match="of rank 0"):
         utils.on_rank0(fail)
-    except utils.UserError as error:
-        message = str(error)
-    return {
-        "gathered": utils.gather_rows(whole[rank::2, : (4, 7)[rank]]).tolist(),
-        "vector": utils.gather_rows(torch.from_numpy(lengths)[rank::2]).tolist(),
-        "computed": utils.forward_in_micro_batches(
-            forward, np.array([4, 2, 0]), lengths, 1).tolist(),
-        "sum": utils.sum_over_ranks(rank + 0.5, "cpu"),
-        "on_rank0": utils.on_rank0(dist.get_rank),
-        "error": message,
-    }
-
-
-def start_rank(seed):
-    utils.init_distributed(seed)
-    return dist.get_world_size()
+    return utils.gather_rows(whole[rank::2, : (4, 7)[rank]]).tolist()
 
 
 def test_collectives_keep_the_order_of_rows_and_tell_all_ranks_of_an_error(two):
-    assert two(start_rank, 1) == [2, 2]
     whole = torch.arange(35).view(5, 7) + 1
     whole[::2, 4:] = 0  # rank 0 has even rows, and needs four columns
-    for result in two(use_collectives):
-        assert result == {
-            "gathered": whole.tolist(), "vector": [9, 8, 7, 6, 5], "sum": 2,
-            "computed": [[4, 40], [2, 20], [0, 0]], "on_rank0": 0, "error": "of rank 0"}
+    assert two(use_collectives) == [whole.tolist()] * 2
 
 
 def test_sft_and_reward_under_zero_3_take_the_steps_of_one_process(two, chain, toy_file, tmp_path):
@@ -2906,15 +2756,13 @@ def test_sft_and_reward_under_zero_3_take_the_steps_of_one_process(two, chain, t
     start = chain["sft"][0]
     rankings = write_rows(tmp_path / "rankings.jsonl", ranked_rows())
     for script, source in ((sft, toy_file), (reward, rankings)):
-        name = script.__name__
+        one, out = (tmp_path / f"{script.__name__}{ranks}" for ranks in (1, 2))
         flags = dict(COMMON, model=start, data=source, epochs=0.22, lr=1e-3)
-        one = train(script, tmp_path / name, **flags, micro_batch=5)
-        out = str(tmp_path / f"{name}-3")
-        metrics, _ = two(trained_on_ranks, name, out, dict(flags, zero=3, micro_batch=3))
-        assert_same_steps(metrics, one)
-        assert len(one) > 2
+        expected = train(script, one, **flags, micro_batch=5)
+        metrics = train_on(two, script, out, **flags, zero=3, micro_batch=3)
+        assert_same_steps(metrics, expected)
         if script is sft:
-            assert_same_weights(out, tmp_path / name, start)
+            assert_same_weights(out, one, start)
 
 
 @pytest.fixture(scope="module")
@@ -2930,98 +2778,69 @@ def ppo_flags(chain, toy_file, tmp_path_factory):
 
 
 def test_ppo_under_zero_3_with_tensor_parallel_rollouts_takes_the_steps_of_one_process(
-        two, ppo_flags, chain, tmp_path):
+        two, ppo_flags, tmp_path):
     one = train(ppo, tmp_path / "one", **ppo_flags, micro_batch=4)
     assert 4 < one[1]["unjudged"] < 16 and abs(one[2]["kl"]) > 1e-3
-    flags = dict(ppo_flags, zero=3, tp=2, micro_batch=1)
-    metrics, _ = two(trained_on_ranks, "ppo", str(tmp_path / "two"), flags)
+    metrics = train_on(two, ppo, tmp_path / "two", **ppo_flags, zero=3, tp=2, micro_batch=1)
     assert_same_steps(metrics, one)
+    assert max(row["engine_gap_max"] for row in metrics[1:]) < 1e-3
     for folder in (".", "ema"):
-        assert_same_weights(tmp_path / "two" / folder, tmp_path / "one" / folder, chain["sft"][0])
-    samples = [read_lines(tmp_path / run / "samples.jsonl") for run in ("one", "two")]
-    for a, b in zip(*samples):
-        assert (a["prompt"], a["answer"]) == (b["prompt"], b["answer"])
-    # Frozen engines of ZeRO 3 read the weights that they were given.
-    alone = train(ppo, tmp_path / "zero3", **dict(ppo_flags, zero=3, iterations=1), micro_batch=4)
-    for name in ("score_reward", "score_picky", "kl", "actor_loss", "critic_loss"):
-        assert alone[1][name] == pytest.approx(one[1][name], rel=1e-3, abs=2e-5), name
+        runs = (tmp_path / run / folder for run in ("two", "one"))
+        assert_same_weights(*runs, ppo_flags["model"])
 
 
 def test_ppo_with_lora_zero_2_offload_checkpointing_and_a_mixture_takes_the_steps_of_one_process(
-        two, ppo_flags, chain, tmp_path):
-    """With LoRA the reference is the actor's base, and what is saved is a plain merged model."""
-    from transformers import AutoModelForCausalLM
-
+        two, ppo_flags, tmp_path, monkeypatch):
+    """With LoRA the reference is the actor's base, and what is saved is a plain model."""
     text = write_rows(tmp_path / "text.jsonl", texts_of_many_lengths())
     flags = dict(ppo_flags, lora=4, ptx_data=text, actor_lr=1e-2)
+    calls = record_rollouts(monkeypatch)
     one = train(ppo, tmp_path / "one", **flags)
     more = dict(zero=2, offload=True, gradient_checkpointing=True, micro_batch=3)
-    metrics, _ = two(trained_on_ranks, "ppo", str(tmp_path / "two"), flags | more)
+    metrics = train_on(two, ppo, tmp_path / "two", **flags, **more)
     assert_same_steps(metrics, one)
-    assert_same_weights(tmp_path / "two", tmp_path / "one", chain["sft"][0])
+    assert_same_weights(tmp_path / "two", tmp_path / "one", ppo_flags["model"])
 
-    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
-    base = AutoModelForCausalLM.from_pretrained(chain["sft"][0])
-    assert {n for n, _ in lm.named_parameters()} == {n for n, _ in base.named_parameters()}
+    assert abs(one[2]["kl"]) > 1e-3, "the actor has moved away from its base"
+    base = load_lm(ppo_flags["model"])
+    batch = [batch for seeds, batch in calls if len(seeds) == 16][1]
+    for (prompt, answer, _), logprobs in zip(token_rows(batch), batch.ref_logprobs):
+        expected = plain_logprobs(base, prompt + answer, len(prompt)).float()
+        torch.testing.assert_close(logprobs[: len(answer)], expected, rtol=1e-3, atol=1e-4)
+
+
+def load_rows_of_rank(folder):
+    utils.init_distributed(1)
+    rank = dist.get_rank()
+    rows = [{"prompt": f"row {i} of rank {rank}"} for i in range(50)]
+    path = write_rows(f"{folder}/{rank}.jsonl", rows)
     tok = utils.load_tokenizer("tiny")
-    # The held-out answers of the last evaluation once more, by what was saved.
-    cfg = ppo.Config(**flags)
-    rows = data.load(cfg.data, "ppo", "", 0.2, tok, [tok.eos_token_id], 56)[1]
-    seeds = [2**31 + i for i in range(len(rows))]
-    batch = ppo.rollout(hybrid_engine.HybridEngine(lm), rows, np.arange(len(rows)), seeds, cfg, tok,
-                        [tok.eos_token_id])
-    kls = []
-    for tokens, p, n in zip(batch.tokens.tolist(), batch.prompt_lens.tolist(), batch.lengths):
-        if "sort" in tok.decode(tokens[:p]):
-            kls.append(sum(plain_logprobs(lm, tokens[:n], p) - plain_logprobs(base, tokens[:n], p)))
-    assert one[2]["eval_kl"] == pytest.approx(np.mean(kls), rel=1e-3)
-    assert one[2]["eval_kl"] > 0.01, "it has moved away from its base"
-
-
-def rows_of_rank():
-    yield from ({"prompt": f"row {i} of rank {dist.get_rank()}"} for i in range(50))
-
-
-def load_rows_of_rank(path):
-    tok = utils.load_tokenizer("tiny")
-    try:
+    with pytest.raises(utils.UserError, match="ranks read different rows"):
         data.load(path, "ppo", "", 0.2, tok, [tok.eos_token_id], 64)
-    except utils.UserError as error:
-        return str(error)
 
 
 def test_ranks_that_read_different_rows_are_told_so(two, tmp_path):
-    path = tmp_path / "rows.py"
-    path.write_text("from test_all import rows_of_rank as rows\n")
-    for message in two(load_rows_of_rank, f"{path}:rows"):
-        assert "ranks read different rows" in message
+    two(load_rows_of_rank, str(tmp_path))
 
 
-def poison(zero, bad_rank):
-    """Two engines; in the second step one rank's gradient of one of them is NaN. Returns of each
-    step the norms, and whether the weights of both moved."""
+def poison(zero):
+    """Three steps of two engines; in the second step rank 1's gradient of one of them is NaN.
+    Returns for each step and engine whether it was taken."""
     engines = [engine_of(zero=zero), engine_of(zero=zero)]
     tokens, lengths = torch.arange(6, 14).view(2, 4), torch.tensor([2, 2])
     steps = []
     for step in range(3):
-        before = [utils.EMA(e, 0.5).average for e in engines]
         for engine in engines:
             loss = engine(tokens, lengths, lengths)[0].sum()
-            is_bad = step == 1 and engine is engines[1] and dist.get_rank() == bad_rank
+            is_bad = step == 1 and engine is engines[1] and dist.get_rank() == 1
             engine.backward(loss * math.nan if is_bad else loss)
-        norms = utils.step(*engines)
-        moved = [any((p != q).any() for p, q in zip(utils.EMA(e, 0.5).average, b))
-                 for e, b in zip(engines, before)]
-        steps.append(([norm is not None for norm in norms], moved))
+        steps.append([norm is not None for norm in utils.step(*engines)])
     return steps
 
 
-@pytest.mark.parametrize("zero, bad_rank", some([(0, 0), (2, 1)], [(0, 0), (2, 1), (3, 1)]))
-def test_a_gradient_that_is_not_finite_on_one_rank_keeps_all_engines_from_stepping(
-        zero, bad_rank, two):
-    for steps in two(poison, zero, bad_rank):
-        assert steps[1] == ([False, False], [False, False])
-        assert steps[0] == steps[2] == ([True, True], [True, True])
+@pytest.mark.parametrize("zero", some([2], [0, 2, 3]))
+def test_a_gradient_that_is_not_finite_on_one_rank_keeps_all_engines_from_stepping(zero, two):
+    assert two(poison, zero) == [[[True] * 2, [False] * 2, [True] * 2]] * 2
 
 
 # -----------------------------------------------------------------------------
@@ -3397,111 +3216,69 @@ def test_a_copy_of_a_script_with_one_more_flag_and_metric_runs_under_torchrun(
 
 
 @pytest.fixture
-def talk(small, monkeypatch, capsys):
-    """talk(*lines, **flags): what chat.py prints where a user types these lines to a small model,
-    which answers greedily. talk.asked: the texts that it was asked."""
-    import chat
+def talk(small, tok, monkeypatch, capsys):
+    """talk(*lines, **flags): what chat.py prints where a user types these lines and the model says
+    "né€ ok". talk.asked: what the model was asked, and the ids that end an answer."""
 
-    render = data.render
-
-    def recorded(*args):
-        talk.asked.append(render(*args))
-        return talk.asked[-1]
+    def stream(engine, prompt, n, temperature, top_k, top_p, ends, seed):
+        talk.asked.append((tok.decode(prompt), ends))
+        return tok("né€ ok")["input_ids"]
 
     def talk(*lines, **flags):
         talk.asked = []
         typed = iter([*lines, ""])
         monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-        chat.main(chat.Config(**{"model": small, "temperature": 0.0, "max_new_tokens": 6, **flags}))
+        chat.main(chat.Config(**{"model": small, **flags}))
         return capsys.readouterr().out
 
-    monkeypatch.setattr(data, "render", recorded)
+    monkeypatch.setattr(HybridEngine, "stream", stream)
     return talk
 
 
-def greedy_answer(folder, text, tok):
-    """The answer of transformers."""
-    from transformers import AutoModelForCausalLM
-
-    lm = AutoModelForCausalLM.from_pretrained(folder)
-    ids = tok(f"Human: {text}\nAssistant:", return_tensors="pt")["input_ids"]
-    out = lm.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.size(1) :]
-    return tok.decode(out, skip_special_tokens=True).strip()
-
-
-def test_chat_prints_the_answer_alone_for_one_prompt_and_both_of_two_models(
-        talk, small, chain, tok):
-    expected = greedy_answer(small, "reverse lamu", tok)
-    for engine in ("hybrid", "hf"):
-        assert talk(prompt="reverse lamu", engine=engine).strip() == expected != "", engine
-    out = talk("sort boda", compare=chain["sft"][0])
-    for name in (small, chain["sft"][0]):
-        assert f"{name}: {greedy_answer(name, 'sort boda', tok)}" in out
+@pytest.mark.parametrize("engine", ["hybrid", "hf"])
+def test_chat_prints_the_answer_of_transformers(engine, small, tok, capsys):
+    ids = tok("Human: hi\nAssistant:", return_tensors="pt")["input_ids"]
+    out = load_lm(small).generate(ids, do_sample=False, max_new_tokens=6)[0, ids.size(1) :]
+    chat.main(chat.Config(small, prompt="hi", max_new_tokens=6, temperature=0.0, engine=engine))
+    expected = tok.decode(out, skip_special_tokens=True).strip()
+    assert capsys.readouterr().out.strip() == expected != ""
 
 
-def test_chat_ends_an_answer_at_each_id_that_the_folder_names(talk, small, tok, tmp_path,
-                                                              monkeypatch):
-    folder = shutil.copytree(small, tmp_path / "model")
-    ends = {"eos_token_id": [tok.eos_token_id, tok.pad_token_id]}
-    (folder / "generation_config.json").write_text(json.dumps(ends))
-    asked = []
-    monkeypatch.setattr(HybridEngine, "stream", lambda *args: asked.append(args) or [])
-    talk(prompt="?", model=str(folder))
-    assert [tok.eos_token_id, tok.pad_token_id] in asked[0]
+def test_chat_prints_whole_characters_and_the_name_of_each_of_two_models(talk, small):
+    assert talk(prompt="?") == "né€ ok\n"
+    assert talk("?", compare="tiny") == f"{small}: né€ ok\ntiny: né€ ok\n"
 
 
 @pytest.mark.parametrize("turns, flag", ((1, False), (2, False), (1, True)))
-def test_chat_goes_on_in_turns_where_the_model_was_trained_on_them(
+def test_chat_goes_on_in_turns_where_asked_or_trained_on_them_and_knows_the_ends_of_the_folder(
         talk, small, tmp_path, turns, flag):
     words = [{"role": role, "content": "hi"} for role in ("user", "assistant") * turns]
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": words}] * 3)
     folder = shutil.copytree(small, tmp_path / "model")
     (folder / "run.json").write_text(json.dumps({"config": {"data": rows}}))
-    said = talk("one", "two", model=str(folder), turns=flag).splitlines()[0]
-    before = f"Human: one\nAssistant: {said.removeprefix('Assistant: ')}\n"
-    assert talk.asked[1] == before * (turns > 1 or flag) + "Human: two\nAssistant:"
-
-
-def test_chat_prints_a_character_of_several_tokens_when_it_is_whole(talk, monkeypatch, tok):
-    stream = tok("né€ ok")["input_ids"]
-    monkeypatch.setattr(hybrid_engine.HybridEngine, "stream", lambda *args: stream)
-    assert talk(prompt="?") == "né€ ok\n"
-
-
-def readme_commands():
-    """[(launcher, script, flags)]"""
-    text = (HERE / "README.md").read_text().replace("\\\n", " ")
-    return re.findall(r"^(python|torchrun .*?) (\w+\.py|-m tools\.demo)([^#\n]*)", text, re.M)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
+    talk("one", "two", model=str(folder), turns=flag)
+    before = "Human: one\nAssistant: né€ ok\n" * (turns > 1 or flag)
+    assert talk.asked[1] == (f"{before}Human: two\nAssistant:", [256, 257])
 
 
 def test_each_command_of_the_readme_has_flags_that_exist():
-    assert len(readme_commands()) > 5
-    for _, script, flags in readme_commands():
-        module = importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
-        utils.parse_args(module.Config, shlex.split(flags))
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    pattern = r"^(?:python|torchrun .*?) (?:-m )?(\w+|tools\.demo)(?:\.py)? (--[^#\n]*)"
+    commands = re.findall(pattern, text, re.M)
+    assert len(commands) > 5
+    for script, flags in commands:
+        utils.parse_args(importlib.import_module(script).Config, shlex.split(flags))
 
 
 @long
-def test_make_demo_and_each_ppo_of_the_readme_after_it_end_better_than_they_began(tmp_path):
+def test_make_demo_and_the_ppo_after_it_end_better_than_they_began(tmp_path):
     repo = shutil.copytree(HERE, tmp_path / "repo", ignore=shutil.ignore_patterns(".*", "out"))
-    after = [shlex.split(flags) for launcher, script, flags in readme_commands()
-             if (launcher, script) == ("python", "ppo.py") and "--model" not in flags]
-    for args in (["-m", "tools.demo"], *(["ppo.py", *flags] for flags in after)):
-        code, printed = command(*args, cwd=repo)
+    for out, args in (("ppo", "-m tools.demo"), ("kl", "ppo.py --kl-coef 0.1 --out out/kl")):
+        code, printed = command(*args.split(), cwd=repo)
         assert code == 0, printed
-        out = repo / (args[args.index("--out") + 1] if "--out" in args else "out/ppo")
-        rows = read_lines(out / "metrics.jsonl")
-        gold = [row["eval_toy_correct"] for row in rows if "eval_toy_correct" in row]
-        assert gold[-1] > gold[0] + 0.2, (args, gold)
-    assert 0.55 < json.loads((repo / "out/demo/summary.json").read_text())["sft"]["gold"] < 0.7
-
-
-def test_the_readme_gives_the_sizes_of_the_files_within_a_tenth():
-    sizes = re.findall(r"^(\w+\.py) +(\d+) ", (HERE / "README.md").read_text(), re.M)
-    assert len(sizes) == 9
-    for name, lines in sizes:
-        counted = len((HERE / name).read_text().splitlines())
-        assert abs(int(lines) - counted) <= counted / 10, f"{name} has {counted} lines"
+        first, *_, last = read_lines(repo / "out" / out / "metrics.jsonl")
+        assert last["eval_toy_correct"] > first["eval_toy_correct"] + 0.2, args
 
 
 # -----------------------------------------------------------------------------
