@@ -24,7 +24,6 @@ import sys
 import time
 import threading
 import traceback
-import types
 import weakref
 from collections import defaultdict
 from concurrent import futures
@@ -212,11 +211,6 @@ class Ranks:
 
     ranks = ()
 
-    def start(self):
-        place = mp.get_context("spawn"), become_rank
-        port = free_port()
-        self.ranks = [futures.ProcessPoolExecutor(1, *place, (rank, port)) for rank in range(2)]
-
     def stop(self):
         for rank in self.ranks:
             for process in rank._processes.values():
@@ -225,7 +219,9 @@ class Ranks:
 
     def __call__(self, function, *args, timeout=200, **kwargs):
         if not self.ranks:
-            self.start()
+            place = mp.get_context("spawn"), become_rank
+            port = free_port()
+            self.ranks = [futures.ProcessPoolExecutor(1, *place, (i, port)) for i in range(2)]
         calls = [rank.submit(function, *args, **kwargs) for rank in self.ranks]
         done, hanging = futures.wait(calls, timeout, futures.FIRST_EXCEPTION)
         errors = [call.exception() for call in done if call.exception()]
@@ -370,9 +366,8 @@ def A(text, **more):
 
 
 def ends_of(tok, config=None, generation_config=None):
-    config = types.SimpleNamespace(eos_token_id=config)
-    generation_config = types.SimpleNamespace(eos_token_id=generation_config)
-    lm = types.SimpleNamespace(config=config, generation_config=generation_config)
+    lm = SimpleNamespace(config=SimpleNamespace(eos_token_id=config),
+                         generation_config=SimpleNamespace(eos_token_id=generation_config))
     return utils.end_ids(tok, lm)
 
 
@@ -448,13 +443,6 @@ def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(name, row, toks
     assert tok.decode(prompt + answer_ids) == tok.decode(ids), "a space too many, or a word lost"
     assert merged == (ids[: len(prompt)] != prompt) == (prompt + answer_ids != ids)
     assert not merged or name in ("open", "phi") or row == "inside", "few rows merge"
-
-
-def test_a_token_that_lies_over_the_seam_is_encoded_again_as_a_continuation(toks):
-    tok = toks["prefix"]
-    (prompt, (answer,), merged), = encode_rows(tok, row_of("inside"))
-    words = tok.convert_ids_to_tokens(prompt[-3:] + answer)
-    assert merged and words == ["\u2581a", "\u2581l", "it", "tle", "\u2581girl", "<eos>"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -672,7 +660,7 @@ def test_a_name_on_the_hub_may_have_a_configuration_a_split_and_a_weight(tok, mo
     rows = [{"question": f"q {i}", "answer": f"{i}", "calls": [call]} for i in range(50)]
     known = {("openai/gsm8k", "main", "train"): rows, ("openai/gsm8k", "main", "test"): rows[:30],
              ("someone/data-2.5-set", None, "train"): rows[:40]}
-    hub = types.SimpleNamespace(load_dataset=lambda name, config, split: known[name, config, split])
+    hub = SimpleNamespace(load_dataset=lambda name, config, split: known[name, config, split])
     monkeypatch.setitem(sys.modules, "datasets", hub)
     for source, count in {"openai/gsm8k:main": 50, "openai/gsm8k:main:test:0.5": 30,
                           "someone/data-2.5-set": 40}.items():
