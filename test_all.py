@@ -309,9 +309,9 @@ Assistant: a plum"""
 
 
 def train_tokenizer(template, special=(), kind="words", bos=None):
-    """A BPE of a few hundred tokens. kind: words, as Llama 3's, or prefix, which writes a space
+    """A BPE of a few hundred tokens. kind: words, as GPT-2's, or prefix, which writes a space
     before a text, as Llama 2's."""
-    from tokenizers import Regex, Tokenizer, decoders, models, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, processors, trainers
     from tokenizers import pre_tokenizers as pre
     from transformers import PreTrainedTokenizerFast
 
@@ -322,9 +322,7 @@ def train_tokenizer(template, special=(), kind="words", bos=None):
         backend.decoder = decoders.Metaspace(prepend_scheme="always")
         alphabet = [chr(i) for i in range(33, 127)] + list("\n\t\u2581é😀")
     else:
-        words = Regex(r"\s*[\r\n]+| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s")
-        level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre.Sequence([pre.Split(words, "isolated"), level])
+        backend.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=alphabet)
     texts = TALE.split("\n") + ["\nAssistant: a", "\n\n\n\n", "a little girl"] * 50
@@ -333,9 +331,8 @@ def train_tokenizer(template, special=(), kind="words", bos=None):
     tok.add_special_tokens({"additional_special_tokens": list(special)})
     tok.add_tokens(["<think>", "</think>"])
     if bos:
-        special_tokens = [(bos, tok.bos_token_id)]
-        adds_bos = processors.TemplateProcessing(f"{bos} $A", special_tokens=special_tokens)
-        tok.backend_tokenizer.post_processor = adds_bos
+        tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            f"{bos} $A", special_tokens=[(bos, tok.bos_token_id)])
     tok.chat_template = template or utils.chat_template(utils.TEMPLATE, tok)
     return tok
 
@@ -442,7 +439,6 @@ def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(name, row, toks
     assert answer_ids[-1] in ends and set(ends).isdisjoint(answer_ids[:-1])
     assert tok.decode(prompt + answer_ids) == tok.decode(ids), "a space too many, or a word lost"
     assert merged == (ids[: len(prompt)] != prompt) == (prompt + answer_ids != ids)
-    assert not merged or name in ("open", "phi") or row == "inside", "few rows merge"
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -540,13 +536,11 @@ def test_the_ids_that_end_an_answer(toks):
     assert marker.convert_ids_to_tokens(ends_of(marker)) == ["<|end|>", "<eos>"], "not special"
 
 
-def test_a_trained_model_stops_where_its_chat_template_ends_an_answer(toks, tmp_path):
+def test_a_trained_model_stops_where_its_chat_template_ends_an_answer(toks, toy_file, tmp_path):
     tok = toks["phi"]
     tok.save_pretrained(tmp_path / "model")
     model_of("llama", vocab_size=len(tok)).save_pretrained(tmp_path / "model")
-    path = write_rows(tmp_path / "a.jsonl", [{"prompt": f"{i}", "response": "a"} for i in range(9)])
-    train(sft, tmp_path / "out", model=str(tmp_path / "model"), data=path, batch_size=2, epochs=1,
-          held_out=0.5)
+    train(sft, tmp_path / "out", model=str(tmp_path / "model"), data=toy_file, epochs=0.1, **COMMON)
     saved = load_lm(tmp_path / "out")
     assert saved.config.eos_token_id == saved.generation_config.eos_token_id == ends_of(tok)
 
@@ -577,19 +571,16 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
     assert "no role" in str(result), "our template takes nobody for a user"
 
 
-BAD_ROWS = [
-    {"foo": "x"}, {"messages": [U("q"), A(None)]}, {"chosen": "Plum", "rejected": ""}, [1, 2],
-    {"chosen": [U("q"), A("x")], "rejected": [U("p"), A("y")]},
-    {"prompt": "p", "chosen": [U("p")], "rejected": [U("p")]},
-    {"prompt": [U([{"type": "image", "text": "", "url": "x"}])], "response": "x"},
-    {"prompt": "q", "answers": ["x", "y"], "scores": [1, math.nan]},
-    {"prompt": "q", "answers": ["x", "y"], "scores": [1]},
-]
-
-
 def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, tok, capsys):
     rows = [{"prompt": f"p {i}", "chosen": "c", "rejected": "r", "key": i} for i in range(80)]
-    rows[3:3] = BAD_ROWS
+    rows[3:3] = [
+        {"foo": "x"}, {"messages": [U("q"), A(None)]}, {"chosen": "Plum", "rejected": ""}, [1, 2],
+        {"chosen": [U("q"), A("x")], "rejected": [U("p"), A("y")]},
+        {"prompt": "p", "chosen": [U("p")], "rejected": [U("p")]},
+        {"prompt": [U([{"type": "image", "text": "", "url": "x"}])], "response": "x"},
+        {"prompt": "q", "answers": ["x", "y"], "scores": [1, math.nan]},
+        {"prompt": "q", "answers": ["x", "y"], "scores": [1]},
+    ]
     rows += [{"prompt": "p"}, {"prompt": "p", "chosen": "x" * 600, "rejected": "r"}]
     rows += [{"prompt": "p", "chosen": "c", "rejected": "c"}] * 2
     rows += [{"prompt": "p", "answers": ["a", "b"], "ranks": [1, 1]}] * 3
@@ -679,17 +670,11 @@ def test_a_digest_is_of_all_words_and_ranks_of_the_rows(tmp_path, tok):
     assert len(digests) == 4
 
 
-def test_toy_has_the_ids_and_the_split_of_the_second_edition(tok):
-    rows = list(itertools.islice(data.read("toy"), 500))
-    out = []
-    for row, ids in zip(rows, encode_rows(tok, *rows)):
-        out.append([*ids[:2], data.as_example(row).hash])
-    digest = hashlib.sha256(json.dumps(out).encode()).hexdigest()
-    assert digest == "674004d379248c43fc9b5b3332c98563c5f3f85c2dbc3384aaa3629299c086db"
-
-
-def test_toy_is_exactly_checkable_and_a_third_of_its_demonstrations_is_wrong():
+def test_toy_is_always_the_same_exactly_checkable_and_its_labellers_are_often_wrong():
     rows = list(data.toy(500))
+    hashes = [data.as_example(row).hash for row in rows]
+    digest = hashlib.sha256(json.dumps([rows, hashes]).encode()).hexdigest()
+    assert digest == "ef53fab44a77ff617c89c40af9efec296b51f3cfb1fa69e554af8d1d30c66fef"
     prompts = [f"Human: {row['prompt']}\nAssistant:" for row in rows]
     right = data.toy_correct(prompts, [" " + row["response"] for row in rows])
     assert 0.62 < np.mean(right) < 0.68
