@@ -766,11 +766,12 @@ def test_a_padded_batch_gives_each_row_the_logprobs_and_entropies_of_that_row_al
             got, entropy = sft.Policy(lm)(tokens, prompt_lens, lens - prompt_lens, 0.7)
         for i, (row, prompt_len) in enumerate(zip(rows, prompt_lens.tolist())):
             n = len(row) - prompt_len
-            want = plain_logprobs(lm, row, prompt_len, 0.7)
-            torch.testing.assert_close(got[i, :n].double(), want, rtol=1e-4, atol=1e-5)
             with torch.no_grad():
                 logits = lm(torch.tensor([row])).logits[0, prompt_len - 1 : -1].double() / 0.7
-            want = torch.distributions.Categorical(logits=logits).entropy()
+            alone = torch.distributions.Categorical(logits=logits)
+            want = alone.log_prob(torch.tensor(row[prompt_len:]))
+            torch.testing.assert_close(got[i, :n].double(), want, rtol=1e-4, atol=1e-5)
+            want = alone.entropy()
             torch.testing.assert_close(entropy[i, :n].double(), want, rtol=1e-4, atol=1e-5)
             assert not got[i, n:].any() and not entropy[i, n:].any()
 
@@ -803,35 +804,27 @@ def test_every_linear_layer_of_the_blocks_has_an_adapter_and_a_head_is_trained()
     utils.add_lora(rm.lm, 2)
     assert rm.lm.score.weight.requires_grad, "a new head must learn"
     assert not rm.lm.base_model.embed_tokens.weight.requires_grad
-    assert utils.add_lora(model_of("llama"), 0).lm_head.weight.requires_grad, "0: no adapters"
 
 
-def test_an_adapter_adds_twice_its_product_and_off_it_adds_nothing_even_after_an_error():
+def test_an_adapter_adds_twice_its_product_also_when_it_is_merged_and_off_it_adds_nothing():
     """Hu et al. 2021, section 4.1, with alpha = 2 rank."""
-    lm = model_of("llama lora")
-    layer = lm.model.layers[0].self_attn.q_proj
+    utils.init_distributed(0)
+    lm = model_of("gpt2 lora")
+    plain = model_of("gpt2")
+    layer = lm.transformer.h[0].attn.c_attn
     x = torch.randn(5, layer.lora_A.size(1))
     ids = torch.tensor(ragged([9]))
     with torch.no_grad():
         want = 2 * x @ layer.lora_A.T @ layer.lora_B.T
         torch.testing.assert_close(layer(x) - layer.base(x), want, rtol=1e-4, atol=1e-5)
-        base = model_of("llama")(ids).logits
-        assert not torch.equal(lm(ids).logits, base)
         with pytest.raises(KeyError), utils.adapters_off():
-            assert torch.equal(lm(ids).logits, base), "the reference policy"
+            assert torch.equal(lm(ids).logits, plain(ids).logits), "the reference policy"
             raise KeyError
-        assert not torch.equal(lm(ids).logits, base), "they are on again"
-
-
-def test_merged_weights_are_base_and_adapters_together():
-    utils.init_distributed(0)
-    lm = model_of("gpt2 lora")
-    plain = model_of("gpt2")
-    missing, unexpected = plain.load_state_dict(utils.whole_state_dict(lm), strict=False)
-    assert not unexpected and missing == ["lm_head.weight"]  # it is tied
-    ids = torch.tensor(ragged([9]))
-    with torch.no_grad():
-        torch.testing.assert_close(plain(ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-4)
+        logits = lm(ids).logits
+        assert not torch.equal(logits, plain(ids).logits), "they are on again, even after an error"
+        missing, unexpected = plain.load_state_dict(utils.whole_state_dict(lm), strict=False)
+        assert not unexpected and missing == ["lm_head.weight"]  # it is tied
+        torch.testing.assert_close(plain(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 # ---- folders
@@ -841,8 +834,7 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_named_and_unknown_ones
         tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
-    lm = model_of("gpt2")
-    lm.save_pretrained(tmp_path)
+    model_of("gpt2").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     whole = load_file(path)
     name = "transformer.h.1.mlp.c_fc.weight"
@@ -855,21 +847,16 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_named_and_unknown_ones
         save_file(state, path, metadata={"format": "pt"})
         with pytest.raises(utils.UserError, match=message):
             load_lm(tmp_path)
-    # Old files of GPT-2 hold buffers that no model of today has.
-    old = {"transformer.h.0.attn.masked_bias": torch.ones(1), "extra.weight": torch.ones(2)}
-    save_file(whole | old, path, metadata={"format": "pt"})
-    ids = torch.tensor(ragged([9]))
-    with torch.no_grad():
-        assert torch.equal(load_lm(tmp_path)(ids).logits, lm(ids).logits)
+    save_file(whole | {"extra.weight": torch.ones(2)}, path, metadata={"format": "pt"})
+    load_lm(tmp_path)
     assert "tensors belong to no layer, such as extra.weight" in capsys.readouterr().out
     with pytest.raises(utils.UserError, match="look at score.weight"):
         reward.RewardModel.from_pretrained(str(tmp_path), torch.float32)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(utils.UserError, match="holds LoRA adapters .*merge them"):
         load_lm(tmp_path)
-    for path in ("out/nowhere", "./nowhere"):
-        with pytest.raises(utils.UserError, match="no such model folder; train one first"):
-            load_lm(path)
+    with pytest.raises(utils.UserError, match="no such model folder; train one first"):
+        load_lm("out/nowhere")
 
 
 def test_what_is_loaded_has_no_dropout_float32_frequencies_and_the_tokenizers_words(tmp_path, tok):
@@ -889,7 +876,6 @@ def test_what_is_loaded_has_no_dropout_float32_frequencies_and_the_tokenizers_wo
     assert utils.pick_lr(0, load_lm(tmp_path).config, 1e-3, 1e-5) == 1e-5
     assert utils.pick_lr(0.5, lm.config, 1e-3, 1e-5) == 0.5
     if not torch.cuda.is_available():
-        assert utils.dtype_of("auto") == torch.float32
         assert 0.05 < utils.memory_gib() < 1000
 
 
@@ -903,15 +889,12 @@ def test_a_saved_folder_keeps_its_settings_names_the_ends_and_holds_nothing_brok
     settings = {"eos_token_id": 5, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
     (tmp_path / "a/generation_config.json").write_text(json.dumps(settings))
     loaded = load_lm(tmp_path / "a")
-    for ends in ([256, 257], [256]):
-        utils.save_model(loaded, tok, ends, tmp_path / "b", score_scale=2.5)
-        saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
-        eos = ends if len(ends) > 1 else 256
-        assert saved.config.eos_token_id == saved.generation_config.eos_token_id == eos
-        assert saved.config.score_scale == 2.5
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            assert getattr(saved.generation_config, name) == settings[name]
-        assert utils.load_tokenizer(str(tmp_path / "b")).chat_template == tok.chat_template
+    ends = [256, 257]
+    utils.save_model(loaded, tok, ends, tmp_path / "b")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert saved.config.eos_token_id == saved.generation_config.eos_token_id == ends
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        assert getattr(saved.generation_config, name) == settings[name]
     ids = torch.tensor(ragged([9]))
     with torch.no_grad():
         assert torch.equal(saved(ids).logits, lm(ids).logits)
@@ -933,7 +916,6 @@ for step in ("sft", "reward", "ppo", "ppo/ema"):
     chat = [{"role": "user", "content": "reverse apple"}, {"role": "assistant", "content": "elppa"}]
     ids = tok(tok.apply_chat_template(chat, tokenize=False), return_tensors="pt")["input_ids"]
     out[step] = auto.from_pretrained(f"{sys.argv[1]}/{step}")(input_ids=ids).logits.detach()
-assert "utils" not in sys.modules
 torch.save(out, sys.argv[2])
 """
     root = Path(chain["sft"][0]).parent
