@@ -24,7 +24,6 @@ import sys
 import time
 import threading
 import traceback
-import types
 import weakref
 from collections import defaultdict
 from concurrent import futures
@@ -212,11 +211,6 @@ class Ranks:
 
     ranks = ()
 
-    def start(self):
-        place = mp.get_context("spawn"), become_rank
-        port = free_port()
-        self.ranks = [futures.ProcessPoolExecutor(1, *place, (rank, port)) for rank in range(2)]
-
     def stop(self):
         for rank in self.ranks:
             for process in rank._processes.values():
@@ -225,7 +219,9 @@ class Ranks:
 
     def __call__(self, function, *args, timeout=200, **kwargs):
         if not self.ranks:
-            self.start()
+            place = mp.get_context("spawn"), become_rank
+            port = free_port()
+            self.ranks = [futures.ProcessPoolExecutor(1, *place, (i, port)) for i in range(2)]
         calls = [rank.submit(function, *args, **kwargs) for rank in self.ranks]
         done, hanging = futures.wait(calls, timeout, futures.FIRST_EXCEPTION)
         errors = [call.exception() for call in done if call.exception()]
@@ -313,9 +309,9 @@ Assistant: a plum"""
 
 
 def train_tokenizer(template, special=(), kind="words", bos=None):
-    """A BPE of a few hundred tokens. kind: words, as Llama 3's, or prefix, which writes a space
+    """A BPE of a few hundred tokens. kind: words, as GPT-2's, or prefix, which writes a space
     before a text, as Llama 2's."""
-    from tokenizers import Regex, Tokenizer, decoders, models, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, processors, trainers
     from tokenizers import pre_tokenizers as pre
     from transformers import PreTrainedTokenizerFast
 
@@ -326,9 +322,7 @@ def train_tokenizer(template, special=(), kind="words", bos=None):
         backend.decoder = decoders.Metaspace(prepend_scheme="always")
         alphabet = [chr(i) for i in range(33, 127)] + list("\n\t\u2581é😀")
     else:
-        words = Regex(r"\s*[\r\n]+| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s")
-        level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre.Sequence([pre.Split(words, "isolated"), level])
+        backend.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=alphabet)
     texts = TALE.split("\n") + ["\nAssistant: a", "\n\n\n\n", "a little girl"] * 50
@@ -337,9 +331,8 @@ def train_tokenizer(template, special=(), kind="words", bos=None):
     tok.add_special_tokens({"additional_special_tokens": list(special)})
     tok.add_tokens(["<think>", "</think>"])
     if bos:
-        special_tokens = [(bos, tok.bos_token_id)]
-        adds_bos = processors.TemplateProcessing(f"{bos} $A", special_tokens=special_tokens)
-        tok.backend_tokenizer.post_processor = adds_bos
+        tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            f"{bos} $A", special_tokens=[(bos, tok.bos_token_id)])
     tok.chat_template = template or utils.chat_template(utils.TEMPLATE, tok)
     return tok
 
@@ -370,9 +363,8 @@ def A(text, **more):
 
 
 def ends_of(tok, config=None, generation_config=None):
-    config = types.SimpleNamespace(eos_token_id=config)
-    generation_config = types.SimpleNamespace(eos_token_id=generation_config)
-    lm = types.SimpleNamespace(config=config, generation_config=generation_config)
+    lm = SimpleNamespace(config=SimpleNamespace(eos_token_id=config),
+                         generation_config=SimpleNamespace(eos_token_id=generation_config))
     return utils.end_ids(tok, lm)
 
 
@@ -447,14 +439,6 @@ def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(name, row, toks
     assert answer_ids[-1] in ends and set(ends).isdisjoint(answer_ids[:-1])
     assert tok.decode(prompt + answer_ids) == tok.decode(ids), "a space too many, or a word lost"
     assert merged == (ids[: len(prompt)] != prompt) == (prompt + answer_ids != ids)
-    assert not merged or name in ("open", "phi") or row == "inside", "few rows merge"
-
-
-def test_a_token_that_lies_over_the_seam_is_encoded_again_as_a_continuation(toks):
-    tok = toks["prefix"]
-    (prompt, (answer,), merged), = encode_rows(tok, row_of("inside"))
-    words = tok.convert_ids_to_tokens(prompt[-3:] + answer)
-    assert merged and words == ["\u2581a", "\u2581l", "it", "tle", "\u2581girl", "<eos>"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -552,13 +536,11 @@ def test_the_ids_that_end_an_answer(toks):
     assert marker.convert_ids_to_tokens(ends_of(marker)) == ["<|end|>", "<eos>"], "not special"
 
 
-def test_a_trained_model_stops_where_its_chat_template_ends_an_answer(toks, tmp_path):
+def test_a_trained_model_stops_where_its_chat_template_ends_an_answer(toks, toy_file, tmp_path):
     tok = toks["phi"]
     tok.save_pretrained(tmp_path / "model")
     model_of("llama", vocab_size=len(tok)).save_pretrained(tmp_path / "model")
-    path = write_rows(tmp_path / "a.jsonl", [{"prompt": f"{i}", "response": "a"} for i in range(9)])
-    train(sft, tmp_path / "out", model=str(tmp_path / "model"), data=path, batch_size=2, epochs=1,
-          held_out=0.5)
+    train(sft, tmp_path / "out", model=str(tmp_path / "model"), data=toy_file, epochs=0.1, **COMMON)
     saved = load_lm(tmp_path / "out")
     assert saved.config.eos_token_id == saved.generation_config.eos_token_id == ends_of(tok)
 
@@ -589,19 +571,16 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
     assert "no role" in str(result), "our template takes nobody for a user"
 
 
-BAD_ROWS = [
-    {"foo": "x"}, {"messages": [U("q"), A(None)]}, {"chosen": "Plum", "rejected": ""}, [1, 2],
-    {"chosen": [U("q"), A("x")], "rejected": [U("p"), A("y")]},
-    {"prompt": "p", "chosen": [U("p")], "rejected": [U("p")]},
-    {"prompt": [U([{"type": "image", "text": "", "url": "x"}])], "response": "x"},
-    {"prompt": "q", "answers": ["x", "y"], "scores": [1, math.nan]},
-    {"prompt": "q", "answers": ["x", "y"], "scores": [1]},
-]
-
-
 def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, tok, capsys):
     rows = [{"prompt": f"p {i}", "chosen": "c", "rejected": "r", "key": i} for i in range(80)]
-    rows[3:3] = BAD_ROWS
+    rows[3:3] = [
+        {"foo": "x"}, {"messages": [U("q"), A(None)]}, {"chosen": "Plum", "rejected": ""}, [1, 2],
+        {"chosen": [U("q"), A("x")], "rejected": [U("p"), A("y")]},
+        {"prompt": "p", "chosen": [U("p")], "rejected": [U("p")]},
+        {"prompt": [U([{"type": "image", "text": "", "url": "x"}])], "response": "x"},
+        {"prompt": "q", "answers": ["x", "y"], "scores": [1, math.nan]},
+        {"prompt": "q", "answers": ["x", "y"], "scores": [1]},
+    ]
     rows += [{"prompt": "p"}, {"prompt": "p", "chosen": "x" * 600, "rejected": "r"}]
     rows += [{"prompt": "p", "chosen": "c", "rejected": "c"}] * 2
     rows += [{"prompt": "p", "answers": ["a", "b"], "ranks": [1, 1]}] * 3
@@ -615,8 +594,7 @@ def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, t
 
 
 @pytest.mark.parametrize("row, ranked", [
-    ({"answers": ["b", "a"], "scores": [-0.5, 7]}, "a1 b2"),
-    ({"answers": ["a", "b", "c", "d"], "ranks": [9, 2.5, 9, 2.5]}, "b1 d1 a2 c2"),
+    ({"answers": ["a", "b", "c", "d"], "scores": [-0.5, 7, -0.5, 7]}, "b1 d1 a2 c2"),
     ({"answers": ["a", "b", "c"], "ranks": ["10", "9", "2"]}, "c1 b2 a3"),
     ({"answers": ["4", "four"]}, ""),
 ])
@@ -633,18 +611,16 @@ def all_ids(loaded):
     return [prompt.tolist() + answers[0].tolist() for prompt, answers in rows]
 
 
-def as_csv(rows):
-    lines = [['"' + cell.replace('"', '""') + '"' for cell in row.values()] for row in rows]
-    return "\ufeff" + "\r\n".join(map(",".join, [rows[0].keys(), *lines]))
-
-
 def test_every_kind_of_source_gives_the_same_rows(tmp_path, tok, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [{"prompt": f"word {i}", "response": f"x {i}, \u2028 ü \"\n007"} for i in range(40)]
     as_lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    chats = [{**row, "prompt": json.dumps([U(row["prompt"])])} for row in rows]
+    cells = [[row["prompt"], row["response"]] for row in rows]
+    cells[0][0] = json.dumps([U(cells[0][0])])  # a cell may hold messages
+    cells = [['"' + cell.replace('"', '""') + '"' for cell in pair] for pair in cells]
+    as_csv = "\ufeffprompt,response\r\n" + "\r\n".join(map(",".join, cells))
     files = {"a.jsonl": as_lines, "b.json": json.dumps(rows), "c.jsonl.gz": as_lines + "\n\n",
-             "e.csv": as_csv(rows), "f.csv": as_csv(chats), "my_rows.py": f"ROWS = {rows!r}",
+             "e.csv": as_csv, "my_rows.py": f"ROWS = {rows!r}",
              "mine.py": "import my_rows\ndef rows():\n    return my_rows.ROWS"}
     for name, text in files.items():
         opener = gzip.open if name.endswith(".gz") else open
@@ -669,15 +645,13 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, tok, monkeypatch):
 
 def test_a_name_on_the_hub_may_have_a_configuration_a_split_and_a_weight(tok, monkeypatch):
     call = {"function": {"name": "f", "arguments": {"a": 1, "b": None}}}
-    rows = [{"question": f"q {i}", "answer": f"{i}", "calls": [call]} for i in range(50)]
-    known = {("openai/gsm8k", "main", "train"): rows, ("openai/gsm8k", "main", "test"): rows[:30],
-             ("someone/data-2.5-set", None, "train"): rows[:40]}
-    hub = types.SimpleNamespace(load_dataset=lambda name, config, split: known[name, config, split])
+    rows = [{"question": f"q {i}", "answer": f"{i}", "calls": [call]} for i in range(40)]
+    known = {("openai/gsm8k", "main", "test"): rows[:30],
+             ("someone/data-2.5-set", None, "train"): rows}
+    hub = SimpleNamespace(load_dataset=lambda name, config, split: known[name, config, split])
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    for source, count in {"openai/gsm8k:main": 50, "openai/gsm8k:main:test:0.5": 30,
-                          "someone/data-2.5-set": 40}.items():
-        assert len(all_ids(load_rows(source, tok))) == count, source
-    loaded, _ = load_rows("openai/gsm8k:main:train:0.25,someone/data-2.5-set:0.75", tok)
+    loaded, held_out = load_rows("openai/gsm8k:main:test:0.25,someone/data-2.5-set:0.75", tok)
+    assert len(loaded) + len(held_out) == 70
     assert loaded.weights == [0.25, 0.75] and set(loaded.fields[0]) == {"answer", "calls"}
     assert loaded.fields[0]["calls"][0]["function"]["arguments"] == {"a": 1}, "Arrow fills in None"
 
@@ -691,17 +665,11 @@ def test_a_digest_is_of_all_words_and_ranks_of_the_rows(tmp_path, tok):
     assert len(digests) == 4
 
 
-def test_toy_has_the_ids_and_the_split_of_the_second_edition(tok):
-    rows = list(itertools.islice(data.read("toy"), 500))
-    out = []
-    for row, ids in zip(rows, encode_rows(tok, *rows)):
-        out.append([*ids[:2], data.as_example(row).hash])
-    digest = hashlib.sha256(json.dumps(out).encode()).hexdigest()
-    assert digest == "674004d379248c43fc9b5b3332c98563c5f3f85c2dbc3384aaa3629299c086db"
-
-
-def test_toy_is_exactly_checkable_and_a_third_of_its_demonstrations_is_wrong():
+def test_toy_is_always_the_same_exactly_checkable_and_its_labellers_are_often_wrong():
     rows = list(data.toy(500))
+    hashes = [data.as_example(row).hash for row in rows]
+    digest = hashlib.sha256(json.dumps([rows, hashes]).encode()).hexdigest()
+    assert digest == "ef53fab44a77ff617c89c40af9efec296b51f3cfb1fa69e554af8d1d30c66fef"
     prompts = [f"Human: {row['prompt']}\nAssistant:" for row in rows]
     right = data.toy_correct(prompts, [" " + row["response"] for row in rows])
     assert 0.62 < np.mean(right) < 0.68
@@ -723,10 +691,10 @@ def test_split_divides_rows_by_their_words_whatever_order_and_template(tmp_path,
     parts = []
     for step in ("sft", "reward", "ppo"):
         ways = []
-        for source, name in ((path, "bytes"), (turned, "bytes"), (path, "think")):
+        for source, name in ((path, "bytes"), (turned, "think")):
             loaded = load_rows(source, toks[name], step, "2,4,4")
             ways.append([{fields["key"] for fields in part.fields} for part in loaded])
-        assert ways[0] == ways[1] == ways[2], "the words alone decide"
+        assert ways[0] == ways[1], "the words alone decide"
         parts += ways[0]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 300, "in one place each"
     assert 35 < len(parts[0] | parts[1]) < 85, "a fifth goes to step 1"
@@ -764,16 +732,15 @@ def test_an_epoch_has_every_row_once_in_batches_of_like_lengths(toy_file, tok):
 
 
 def test_fields_that_are_no_text_travel_beside_the_tokens(tmp_path, tok):
-    pair = {"response": "x", "chosen": "y", "rejected": "z"}
-    lines = [{"prompt": f"p {i}", "id": i, **pair} for i in range(100)]
+    lines = [{"prompt": f"p {i}", "id": i, "response": "x"} for i in range(100)]
     for line in lines[::3]:
         line["nums"] = [line["id"], {"a": "ü"}]
     rows, _ = load_rows(write_rows(tmp_path / "a.jsonl", lines), tok)
     indices = np.arange(len(rows))[::-1]
     fields = rows.columns(indices)
     assert fields["nums"] == [lines[i].get("nums") for i in fields["id"]]
-    texts = [tok.decode([*rows.prompts[i], *rows.answers[i][0]]) for i in indices]
-    assert texts == [f"Human: p {i}\nAssistant: x<eos>" for i in fields["id"]]
+    prompts = [tok.decode(rows.prompts[i]) for i in indices]
+    assert prompts == [f"Human: p {i}\nAssistant:" for i in fields["id"]]
 
 
 # -----------------------------------------------------------------------------
@@ -799,11 +766,12 @@ def test_a_padded_batch_gives_each_row_the_logprobs_and_entropies_of_that_row_al
             got, entropy = sft.Policy(lm)(tokens, prompt_lens, lens - prompt_lens, 0.7)
         for i, (row, prompt_len) in enumerate(zip(rows, prompt_lens.tolist())):
             n = len(row) - prompt_len
-            want = plain_logprobs(lm, row, prompt_len, 0.7)
-            torch.testing.assert_close(got[i, :n].double(), want, rtol=1e-4, atol=1e-5)
             with torch.no_grad():
                 logits = lm(torch.tensor([row])).logits[0, prompt_len - 1 : -1].double() / 0.7
-            want = torch.distributions.Categorical(logits=logits).entropy()
+            alone = torch.distributions.Categorical(logits=logits)
+            want = alone.log_prob(torch.tensor(row[prompt_len:]))
+            torch.testing.assert_close(got[i, :n].double(), want, rtol=1e-4, atol=1e-5)
+            want = alone.entropy()
             torch.testing.assert_close(entropy[i, :n].double(), want, rtol=1e-4, atol=1e-5)
             assert not got[i, n:].any() and not entropy[i, n:].any()
 
@@ -836,35 +804,27 @@ def test_every_linear_layer_of_the_blocks_has_an_adapter_and_a_head_is_trained()
     utils.add_lora(rm.lm, 2)
     assert rm.lm.score.weight.requires_grad, "a new head must learn"
     assert not rm.lm.base_model.embed_tokens.weight.requires_grad
-    assert utils.add_lora(model_of("llama"), 0).lm_head.weight.requires_grad, "0: no adapters"
 
 
-def test_an_adapter_adds_twice_its_product_and_off_it_adds_nothing_even_after_an_error():
+def test_an_adapter_adds_twice_its_product_also_when_it_is_merged_and_off_it_adds_nothing():
     """Hu et al. 2021, section 4.1, with alpha = 2 rank."""
-    lm = model_of("llama lora")
-    layer = lm.model.layers[0].self_attn.q_proj
+    utils.init_distributed(0)
+    lm = model_of("gpt2 lora")
+    plain = model_of("gpt2")
+    layer = lm.transformer.h[0].attn.c_attn
     x = torch.randn(5, layer.lora_A.size(1))
     ids = torch.tensor(ragged([9]))
     with torch.no_grad():
         want = 2 * x @ layer.lora_A.T @ layer.lora_B.T
         torch.testing.assert_close(layer(x) - layer.base(x), want, rtol=1e-4, atol=1e-5)
-        base = model_of("llama")(ids).logits
-        assert not torch.equal(lm(ids).logits, base)
         with pytest.raises(KeyError), utils.adapters_off():
-            assert torch.equal(lm(ids).logits, base), "the reference policy"
+            assert torch.equal(lm(ids).logits, plain(ids).logits), "the reference policy"
             raise KeyError
-        assert not torch.equal(lm(ids).logits, base), "they are on again"
-
-
-def test_merged_weights_are_base_and_adapters_together():
-    utils.init_distributed(0)
-    lm = model_of("gpt2 lora")
-    plain = model_of("gpt2")
-    missing, unexpected = plain.load_state_dict(utils.whole_state_dict(lm), strict=False)
-    assert not unexpected and missing == ["lm_head.weight"]  # it is tied
-    ids = torch.tensor(ragged([9]))
-    with torch.no_grad():
-        torch.testing.assert_close(plain(ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-4)
+        logits = lm(ids).logits
+        assert not torch.equal(logits, plain(ids).logits), "they are on again, even after an error"
+        missing, unexpected = plain.load_state_dict(utils.whole_state_dict(lm), strict=False)
+        assert not unexpected and missing == ["lm_head.weight"]  # it is tied
+        torch.testing.assert_close(plain(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 # ---- folders
@@ -874,8 +834,7 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_named_and_unknown_ones
         tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
-    lm = model_of("gpt2")
-    lm.save_pretrained(tmp_path)
+    model_of("gpt2").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     whole = load_file(path)
     name = "transformer.h.1.mlp.c_fc.weight"
@@ -888,21 +847,16 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_named_and_unknown_ones
         save_file(state, path, metadata={"format": "pt"})
         with pytest.raises(utils.UserError, match=message):
             load_lm(tmp_path)
-    # Old files of GPT-2 hold buffers that no model of today has.
-    old = {"transformer.h.0.attn.masked_bias": torch.ones(1), "extra.weight": torch.ones(2)}
-    save_file(whole | old, path, metadata={"format": "pt"})
-    ids = torch.tensor(ragged([9]))
-    with torch.no_grad():
-        assert torch.equal(load_lm(tmp_path)(ids).logits, lm(ids).logits)
+    save_file(whole | {"extra.weight": torch.ones(2)}, path, metadata={"format": "pt"})
+    load_lm(tmp_path)
     assert "tensors belong to no layer, such as extra.weight" in capsys.readouterr().out
     with pytest.raises(utils.UserError, match="look at score.weight"):
         reward.RewardModel.from_pretrained(str(tmp_path), torch.float32)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(utils.UserError, match="holds LoRA adapters .*merge them"):
         load_lm(tmp_path)
-    for path in ("out/nowhere", "./nowhere"):
-        with pytest.raises(utils.UserError, match="no such model folder; train one first"):
-            load_lm(path)
+    with pytest.raises(utils.UserError, match="no such model folder; train one first"):
+        load_lm("out/nowhere")
 
 
 def test_what_is_loaded_has_no_dropout_float32_frequencies_and_the_tokenizers_words(tmp_path, tok):
@@ -922,7 +876,6 @@ def test_what_is_loaded_has_no_dropout_float32_frequencies_and_the_tokenizers_wo
     assert utils.pick_lr(0, load_lm(tmp_path).config, 1e-3, 1e-5) == 1e-5
     assert utils.pick_lr(0.5, lm.config, 1e-3, 1e-5) == 0.5
     if not torch.cuda.is_available():
-        assert utils.dtype_of("auto") == torch.float32
         assert 0.05 < utils.memory_gib() < 1000
 
 
@@ -936,15 +889,12 @@ def test_a_saved_folder_keeps_its_settings_names_the_ends_and_holds_nothing_brok
     settings = {"eos_token_id": 5, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
     (tmp_path / "a/generation_config.json").write_text(json.dumps(settings))
     loaded = load_lm(tmp_path / "a")
-    for ends in ([256, 257], [256]):
-        utils.save_model(loaded, tok, ends, tmp_path / "b", score_scale=2.5)
-        saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
-        eos = ends if len(ends) > 1 else 256
-        assert saved.config.eos_token_id == saved.generation_config.eos_token_id == eos
-        assert saved.config.score_scale == 2.5
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            assert getattr(saved.generation_config, name) == settings[name]
-        assert utils.load_tokenizer(str(tmp_path / "b")).chat_template == tok.chat_template
+    ends = [256, 257]
+    utils.save_model(loaded, tok, ends, tmp_path / "b")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert saved.config.eos_token_id == saved.generation_config.eos_token_id == ends
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        assert getattr(saved.generation_config, name) == settings[name]
     ids = torch.tensor(ragged([9]))
     with torch.no_grad():
         assert torch.equal(saved(ids).logits, lm(ids).logits)
@@ -966,7 +916,6 @@ for step in ("sft", "reward", "ppo", "ppo/ema"):
     chat = [{"role": "user", "content": "reverse apple"}, {"role": "assistant", "content": "elppa"}]
     ids = tok(tok.apply_chat_template(chat, tokenize=False), return_tensors="pt")["input_ids"]
     out[step] = auto.from_pretrained(f"{sys.argv[1]}/{step}")(input_ids=ids).logits.detach()
-assert "utils" not in sys.modules
 torch.save(out, sys.argv[2])
 """
     root = Path(chain["sft"][0]).parent
