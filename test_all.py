@@ -1686,26 +1686,14 @@ def random_tensors(count):
     return [torch.randn(MASK.shape, generator=g, dtype=torch.float64) for _ in range(count)]
 
 
-def pairs_by_hand(scores, ranks):
-    """The margins of a row's pairs of answers of which one is better."""
-    margins = []
-    for a, b in itertools.combinations([k for k, rank in enumerate(ranks) if rank], 2):
-        if ranks[a] != ranks[b]:
-            better, worse = (a, b) if ranks[a] < ranks[b] else (b, a)
-            margins.append(scores[better] - scores[worse])
-    return margins
-
-
 def naive_gae(values, rewards, gamma, lam):
     """Advantages of one row: the discounted sum of all later errors of the value."""
-    n = len(values)
     advantages = []
-    for t in range(n):
+    for t in range(len(values)):
         total = 0.0
-        for k in range(t, n):
-            next_value = values[k + 1] if k + 1 < n else 0.0
-            error = rewards[k] + gamma * next_value - values[k]
-            total += (gamma * lam) ** (k - t) * error
+        for k, next_value in enumerate([*values[t + 1 :], 0.0]):
+            error = rewards[t + k] + gamma * next_value - values[t + k]
+            total += (gamma * lam) ** k * error
         advantages.append(total)
     return advantages
 
@@ -1767,9 +1755,7 @@ def test_epochs_end_once_the_policy_has_moved_a_tenth_of_a_nat_and_ema_takes_rea
     lengths = torch.full((6,), 7)
     batch = ppo.Batch(torch.zeros(6, 9).long(), lengths - 5, lengths, MASK, MASK[:, 0], 0 * ones,
                       old_logprobs=-ones, advantages=ones)
-    moved = [0.05, 0.09, 0.11, 0.0]
-    # The change x of a log-probability of which exp(x) - 1 - x is this large.
-    changes = [next(x for x in np.arange(0, 1, 1e-5) if math.exp(x) - 1 - x >= kl) for kl in moved]
+    changes = [0.3, 0.41, 0.45, 0.0]  # of log-probabilities: exp(0.42) - 1 - 0.42 > 0.1
     tables = [x - ones for x in changes]
 
     def actor(*inputs):
@@ -2027,7 +2013,9 @@ def test_reward_takes_the_steps_of_a_second_version(chain, tok, tmp_path):
             row = by_prompt[prompt]
             texts = [f"{prompt} {answer}" for answer in row["answers"]]
             scores = [model(tok(text)["input_ids"] + [tok.eos_token_id])[-1] for text in texts]
-            yield torch.stack(scores), torch.stack(pairs_by_hand(scores, row["ranks"]))
+            pairs = itertools.combinations(zip(row["ranks"], scores), 2)
+            margins = [better - worse for (a, better), (b, worse) in pairs if a < b]
+            yield torch.stack(scores), torch.stack(margins)
 
     def compare(judged, found, prefix=""):
         """Returns the loss."""
