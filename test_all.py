@@ -3,7 +3,6 @@ Sections are in the README's order; each test is one sentence.
 
 Dimension key:  B batch, P prompt, A answer, T = P + A, V vocabulary.
 """
-import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -2965,8 +2964,8 @@ def test_torchrun_takes_a_script_and_after_a_sigterm_it_goes_on_as_if_nothing_ha
     found = re.search(r"error: stopped after step (\d+); go on with the same command", said)
     assert found and process.returncode != 0, said
     assert 8 <= int(found[1]) == len(read_lines(out / "metrics.jsonl")) < 47
-    two(trained_on_ranks, "sft", str(out), dict(flags, resume=True))
-    two(trained_on_ranks, "sft", str(tmp_path / "whole"), flags)
+    two(run_script, "sft", str(out), dict(flags, resume=True))
+    two(run_script, "sft", str(tmp_path / "whole"), flags)
     assert results(out) == results(tmp_path / "whole")
 
 
