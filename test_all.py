@@ -3199,16 +3199,12 @@ def test_chat_goes_on_in_turns_where_asked_or_trained_on_them_and_knows_the_ends
     assert talk.asked[1] == (f"{before}Human: two\nAssistant:", [256, 257])
 
 
-def test_the_readme_gives_flags_that_exist_and_the_sizes_of_the_files():
-    text = (HERE / "README.md").read_text().replace("\\\n", " ")
-    for name, lines in re.findall(r"^(\w+\.py) +(\d+) ", text, re.M):
+def test_the_readme_gives_the_sizes_of_the_files():
+    sizes = re.findall(r"^(\w+\.py) +(\d+) ", (HERE / "README.md").read_text(), re.M)
+    assert len(sizes) == 9
+    for name, lines in sizes:
         counted = len((HERE / name).read_text().splitlines())
         assert int(lines) == pytest.approx(counted, rel=0.1), name
-    pattern = r"^(?:python|torchrun .*?) (?:-m )?(\w+|tools\.demo)(?:\.py)? (--[^#\n]*)"
-    commands = re.findall(pattern, text, re.M)
-    assert len(commands) > 5
-    for script, flags in commands:
-        utils.parse_args(importlib.import_module(script).Config, shlex.split(flags))
 
 
 @long
