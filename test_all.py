@@ -69,8 +69,8 @@ def some(few, all_of_them):
 
 # ---- tiny models of every family
 
-KINDS = ("llama", "llama3 rope", "yarn", "mistral", "qwen2", "qwen3", "opt", "opt-350m", "gpt2",
-         "gpt_neox", "gpt_neox sequential", "bloom")
+KINDS = ("llama", "yarn", "mistral", "qwen2", "qwen3", "opt", "opt-350m", "gpt2", "gpt_neox",
+         "gpt_neox sequential", "bloom")
 
 
 def tiny_config(kind, **more):
@@ -81,11 +81,9 @@ def tiny_config(kind, **more):
     opt = dict(size, ffn_dim=100, word_embed_proj_dim=64)
     neox = dict(size, intermediate_size=100, rotary_pct=0.25)
     yarn = dict(rope_type="yarn", rope_theta=1e4, factor=8.0, original_max_position_embeddings=64)
-    llama3 = dict(yarn, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
     window = dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)
     name, entries = {
         "llama": ("Llama", llama),
-        "llama3 rope": ("Llama", dict(llama, rope_parameters=llama3)),
         "yarn": ("Llama", dict(llama, rope_parameters=yarn)),
         "mistral": ("Mistral", dict(llama, num_key_value_heads=1, sliding_window=20)),
         "qwen2": ("Qwen2", dict(llama, **window)),
@@ -302,10 +300,6 @@ R1_JINJA = """{%- for m in messages %}{{ '<U>' + m.content if m.role == 'user' e
 {%- if add_generation_prompt %}{{ '<A><think>\\n' }}{% endif %}"""
 PHI_JINJA = """{%- for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}
 {%- endfor %}{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"""
-TALE = """Once upon a time there was a little girl named Lily. She liked to play in the park with
-her mom. One day a big dog came and said: hello, little girl! They were friends, é 😀.
-Human: who are you?
-Assistant: a plum"""
 
 
 def train_tokenizer(template, special=(), kind="words", bos=None):
@@ -325,8 +319,8 @@ def train_tokenizer(template, special=(), kind="words", bos=None):
         backend.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=alphabet)
-    texts = TALE.split("\n") + ["\nAssistant: a", "\n\n\n\n", "a little girl"] * 50
-    backend.train_from_iterator(texts, trainer)
+    texts = ["Human: who are you?\nAssistant: a plum", "\n\n\n\n", "a little girl"]
+    backend.train_from_iterator(texts * 50, trainer)
     tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token=bos)
     tok.add_special_tokens({"additional_special_tokens": list(special)})
     tok.add_tokens(["<think>", "</think>"])
@@ -475,7 +469,6 @@ def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
 @pytest.mark.parametrize("row", [
     {"system_prompt": "w1", "question": "w2", "context": "w3", "completion": "w4", "id": "w5"},
     {"messages": [U("w2"), A("w3")], "response": "w4", "system": "w1", "system_prompt": "w6"},
-    {"question": "w1", "answer": "w2", "solution": "w3"},
     {"prompt": "w1", "answers": ["w2", "w3"], "ranks": [2, 1], "output": "w4", "scores": ["w5"]},
     {"prompt": [U("w1"), U("w2")], "chosen": [U("w3"), A("w4")], "rejected": "w5"},
     {"messages": [U([{"type": "text", "text": "w1 "}, {"type": "text", "text": "w7"}]),
@@ -546,16 +539,15 @@ def test_a_trained_model_stops_where_its_chat_template_ends_an_answer(toks, toy_
 
 
 def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
-    tok = toks["llama3"]
-    reasons = {
-        "in the middle": {"prompt": "q", "response": "a<|eot|>b"},
-        "not write 'tool_calls'": {"messages": [U("w"), A("", tool_calls=[CALL]), U("s"), A("x")]},
-        "surrogates": {"prompt": "q", "response": "x\ud800"},
-    }
-    *results, good = encode_rows(tok, *reasons.values(), {"prompt": "q", "response": "a"})
-    for reason, result in zip(reasons, results):
-        assert isinstance(result, Exception) and reason in str(result)
-    assert not isinstance(good, Exception)
+    for name, reason, row in (
+            ("llama3", "in the middle", {"prompt": "q", "response": "a<|eot|>b"}),
+            ("llama3", "not write 'tool_calls'", {
+                "messages": [U("w"), A("", tool_calls=[CALL]), U("s"), A("x")]}),
+            ("llama3", "surrogates", {"prompt": "q", "response": "x\ud800"}),
+            ("think", "not write 'a </think> b'", {"prompt": "a </think> b", "response": "x"}),
+            ("bytes", "no role", {"messages": [{"role": "critic", "content": "c"}]})):
+        wrong, good = encode_rows(toks[name], row, {"prompt": "q", "response": "a"})
+        assert reason in str(wrong) and not isinstance(good, Exception)
     tok = utils.load_tokenizer("tiny")
     tok.chat_template = R1_JINJA
     thought, plain = encode_rows(tok, row_of("thought"), row_of("plain"))
@@ -565,10 +557,6 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
                          "{{ m.content.split('</think>')[-1] }}{% endfor %}")
     for result in encode_rows(tok, row_of("turns"), row_of("thought"), row_of("result")):
         assert "does not write" in str(result), "it loses the system's words, a thought, a result"
-    (result,) = encode_rows(toks["think"], {"prompt": "a </think> b", "response": "x"})
-    assert "does not write 'a </think> b'" in str(result), "nor half of a user's words"
-    (result,) = encode_rows(toks["bytes"], {"messages": [{"role": "critic", "content": "c"}]})
-    assert "no role" in str(result), "our template takes nobody for a user"
 
 
 def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, tok, capsys):
@@ -656,15 +644,6 @@ def test_a_name_on_the_hub_may_have_a_configuration_a_split_and_a_weight(tok, mo
     assert loaded.fields[0]["calls"][0]["function"]["arguments"] == {"a": 1}, "Arrow fills in None"
 
 
-def test_a_digest_is_of_all_words_and_ranks_of_the_rows(tmp_path, tok):
-    rows = [{"prompt": f"p {i}", "chosen": "c", "rejected": "r", "key": i} for i in range(60)]
-    digests = set()
-    for change in ({}, {"prompt": "x"}, {"key": "x"}, {"chosen": "r", "rejected": "c"}):
-        path = write_rows(tmp_path / "a.jsonl", rows[:7] + [{**rows[7], **change}] + rows[8:])
-        digests.add(load_rows(path, tok, "reward")[0].digest)
-    assert len(digests) == 4
-
-
 def test_toy_is_always_the_same_exactly_checkable_and_its_labellers_are_often_wrong():
     rows = list(data.toy(500))
     hashes = [data.as_example(row).hash for row in rows]
@@ -731,7 +710,7 @@ def test_an_epoch_has_every_row_once_in_batches_of_like_lengths(toy_file, tok):
     assert (np.diff(lengths[alike]) >= 0).all(), "the others are sorted in pools"
 
 
-def test_fields_that_are_no_text_travel_beside_the_tokens(tmp_path, tok):
+def test_fields_that_are_no_text_travel_beside_the_tokens_and_count_in_the_digest(tmp_path, tok):
     lines = [{"prompt": f"p {i}", "id": i, "response": "x"} for i in range(100)]
     for line in lines[::3]:
         line["nums"] = [line["id"], {"a": "ü"}]
@@ -741,6 +720,9 @@ def test_fields_that_are_no_text_travel_beside_the_tokens(tmp_path, tok):
     assert fields["nums"] == [lines[i].get("nums") for i in fields["id"]]
     prompts = [tok.decode(rows.prompts[i]) for i in indices]
     assert prompts == [f"Human: p {i}\nAssistant:" for i in fields["id"]]
+    for change in ({"prompt": "x"}, {"id": "x"}, {"response": "y"}):
+        path = write_rows(tmp_path / "a.jsonl", lines[:7] + [{**lines[7], **change}] + lines[8:])
+        assert load_rows(path, tok)[0].digest != rows.digest
 
 
 # -----------------------------------------------------------------------------
@@ -792,9 +774,6 @@ def test_a_score_is_read_at_the_last_real_token_whatever_comes_after_it(kind, tm
     assert abs(std - 1) < 0.3, "the head starts at std 1/sqrt(d + 1)"
 
 
-# ---- LoRA
-
-
 def test_every_linear_layer_of_the_blocks_has_an_adapter_and_a_head_is_trained():
     trained = [n for n, p in model_of("llama lora").named_parameters() if p.requires_grad]
     adapted = {name.rpartition(".")[0] for name in trained}
@@ -825,9 +804,6 @@ def test_an_adapter_adds_twice_its_product_also_when_it_is_merged_and_off_it_add
         missing, unexpected = plain.load_state_dict(utils.whole_state_dict(lm), strict=False)
         assert not unexpected and missing == ["lm_head.weight"]  # it is tied
         torch.testing.assert_close(plain(ids).logits, logits, rtol=1e-4, atol=1e-4)
-
-
-# ---- folders
 
 
 def test_a_tensor_that_is_missing_or_has_another_shape_is_named_and_unknown_ones_pass(
@@ -2996,15 +2972,15 @@ def test_a_step_that_is_not_finite_is_taken_by_no_engine_and_five_in_a_row_end_t
         backward(engines[1], math.nan if is_bad else 1.0)
         norms = utils.step(*engines)
         moved = [not torch.equal(x, masters(engine)[0]) for x, engine in zip(before, engines)]
-        assert moved == [norm is not None for norm in norms]
-        return moved
+        assert moved == [norm is not None for norm in norms] == [not is_bad] * 2
 
-    assert [one_step(bad) for bad in (False, True, False)] == [[True] * 2, [False] * 2, [True] * 2]
+    for is_bad in (False, True, False):
+        one_step(is_bad)
     assert utils.skipped == {"total": 1, "in_a_row": 0}
-    for _ in range(utils.PATIENCE - 1):
-        assert one_step(is_bad=True) == [False, False]
     with pytest.raises(utils.UserError, match="5 steps in a row .*lower --lr"):
-        one_step(is_bad=True)
+        for _ in range(5):
+            one_step(is_bad=True)
+    assert utils.skipped["total"] == 6, "and not before the fifth"
 
 
 @pytest.mark.parametrize("zero", [0, 3])
@@ -3012,7 +2988,7 @@ def test_flags_reach_deepspeed_and_a_frozen_model_is_sharded_like_the_others(zer
     """Checkpointing under LoRA is the harder case: the embedding is frozen."""
     path = tmp_path / "ds.json"
     path.write_text('{"gradient_clipping": 0.25, "zero_optimization": {"overlap_comm": false}}')
-    adapters = []
+    trained = []
     for on in (False, True):
         lm = model_of("llama lora")
         flags = dict(gradient_checkpointing=on, offload=on, ds_config=str(path) if on else "")
@@ -3026,16 +3002,12 @@ def test_flags_reach_deepspeed_and_a_frozen_model_is_sharded_like_the_others(zer
         names = ("cpu_offload", "offload_optimizer")
         assert any(getattr(engine.optimizer, name, False) for name in names) == on
         assert bool(getattr(engine.optimizer, "offload_param", False)) == (on and zero == 3)
-        lora = lm.model.layers[0].mlp.up_proj
-        with utils.gathered(lora.lora_B):
-            adapters.append(lora.lora_B.detach().clone())
-    torch.testing.assert_close(*adapters, rtol=1e-3, atol=1e-5)
-    policy = sft.Policy(model_of("llama"))
-    want = policy(*two_answers())[0]
-    frozen = utils.frozen_engine(policy, engine.device, sft.Config(zero=zero, dtype="fp32"))
-    got = frozen(*two_answers())[0]
-    torch.testing.assert_close(got, want)
-    assert not got.requires_grad and hasattr(frozen, "module") == (zero == 3)
+        trained.append(torch.cat([p.flatten() for p in masters(engine)]))
+    torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-5)
+    frozen = sft.Policy(model_of("llama"))
+    frozen = utils.frozen_engine(frozen, engine.device, sft.Config(zero=zero, dtype="fp32"))
+    assert not frozen(*two_answers())[0].requires_grad
+    assert hasattr(frozen, "module") == (zero == 3)
 
 
 def test_offloaded_frozen_models_are_on_the_device_only_while_they_are_needed():
