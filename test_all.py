@@ -479,7 +479,7 @@ def test_every_word_of_a_row_is_taught_or_its_field_is_named(row, toks):
     tok = toks["think"]
     (prompt, answers, _), = encode_rows(tok, row)
     seen = tok.decode(sum(answers, prompt)) + json.dumps(data.as_example(row).fields)
-    words = [word for word in (f"w{i}" for i in range(9)) if word in json.dumps(row)]
+    words = re.findall(r"w\d", json.dumps(row))
     assert [word for word in words if word not in seen] == []
 
 
@@ -518,7 +518,7 @@ def test_a_text_has_one_bos_though_it_may_bring_its_own():
     assert again == tok("hi 0")["input_ids"], "rows rendered beforehand bring theirs"
 
 
-def test_the_ids_that_end_an_answer(toks):
+def test_a_trained_model_stops_at_all_ids_that_end_an_answer(toks, toy_file, tmp_path):
     tok = toks["llama3"]
     eot, eos, start = tok.convert_tokens_to_ids(["<|eot|>", "<eos>", "<|start|>"])
     assert ends_of(tok) == [eot, eos], "the first is what the template writes, and is taught"
@@ -527,15 +527,10 @@ def test_the_ids_that_end_an_answer(toks):
     marker = train_tokenizer(PHI_JINJA, ("<|user|>", "<|assistant|>"))
     marker.add_tokens(["<|end|>", "  "])
     assert marker.convert_ids_to_tokens(ends_of(marker)) == ["<|end|>", "<eos>"], "not special"
-
-
-def test_a_trained_model_stops_where_its_chat_template_ends_an_answer(toks, toy_file, tmp_path):
-    tok = toks["phi"]
     tok.save_pretrained(tmp_path / "model")
     model_of("llama", vocab_size=len(tok)).save_pretrained(tmp_path / "model")
     train(sft, tmp_path / "out", model=str(tmp_path / "model"), data=toy_file, epochs=0.1, **COMMON)
-    saved = load_lm(tmp_path / "out")
-    assert saved.config.eos_token_id == saved.generation_config.eos_token_id == ends_of(tok)
+    assert load_lm(tmp_path / "out").generation_config.eos_token_id == [eot, eos]
 
 
 def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
@@ -628,7 +623,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, tok, monkeypatch):
     (tmp_path / "t.txt").write_bytes("\r\n \r\n".join(paragraphs).encode())
     texts = map(tok.decode, all_ids(load_rows(tmp_path / "t.txt", tok)))
     assert sorted(texts) == sorted(f"<eos>{text}<eos>" for text in paragraphs)
-    assert data.read_cell("") is None and data.read_cell('{"a": 1}') == '{"a": 1}'
+    assert data.read_cell("") is None
 
 
 def test_a_name_on_the_hub_may_have_a_configuration_a_split_and_a_weight(tok, monkeypatch):
@@ -814,12 +809,11 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_named_and_unknown_ones
     path = tmp_path / "model.safetensors"
     whole = load_file(path)
     name = "transformer.h.1.mlp.c_fc.weight"
-    short = whole[name][:-1].clone()
-    head = {"score.weight": torch.zeros(1, 64)}
+    rest = {k: v for k, v in whole.items() if k != name}
     for state, message in (
-            ({k: v for k, v in whole.items() if k != name}, "look at " + name),
-            (whole | {name: short}, name + ".*63.*64"),
-            (whole | head, "not a whole AutoModelForCausalLM, look at score.weight")):
+            (rest, "look at " + name),
+            (rest | {name: whole[name][:-1].clone()}, name + ".*63.*64"),
+            (whole | {"score.weight": torch.zeros(1, 64)}, "look at score.weight")):
         save_file(state, path, metadata={"format": "pt"})
         with pytest.raises(utils.UserError, match=message):
             load_lm(tmp_path)
@@ -881,7 +875,7 @@ def test_a_saved_folder_keeps_its_settings_names_the_ends_and_holds_nothing_brok
     assert (tmp_path / "b/model.safetensors").read_bytes() == before
 
 
-def test_each_folder_loads_with_transformers_alone_in_a_fresh_process(chain, tmp_path):
+def test_each_folder_loads_with_transformers_alone_in_a_fresh_process(chain, tok, tmp_path):
     probe = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -898,7 +892,6 @@ torch.save(out, sys.argv[2])
     code, said = command("-c", probe, root, tmp_path / "out.pt", cwd=tmp_path)
     assert code == 0, said
     theirs = torch.load(tmp_path / "out.pt")
-    tok = utils.load_tokenizer(chain["sft"][0])
     ids = torch.tensor([tok("Human: reverse apple\nAssistant: elppa")["input_ids"]])
     with torch.no_grad():
         for step in ("sft", "ppo", "ppo/ema"):
@@ -3003,7 +2996,7 @@ def test_flags_reach_deepspeed_and_a_frozen_model_is_sharded_like_the_others(zer
         assert any(getattr(engine.optimizer, name, False) for name in names) == on
         assert bool(getattr(engine.optimizer, "offload_param", False)) == (on and zero == 3)
         trained.append(torch.cat([p.flatten() for p in masters(engine)]))
-    torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*trained, rtol=0, atol=2e-4)  # a step is 1e-3 long
     frozen = sft.Policy(model_of("llama"))
     frozen = utils.frozen_engine(frozen, engine.device, sft.Config(zero=zero, dtype="fp32"))
     assert not frozen(*two_answers())[0].requires_grad
