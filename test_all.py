@@ -68,8 +68,8 @@ def some(few, all_of_them):
 
 # ---- tiny models of every family
 
-KINDS = ("llama", "llama3 rope", "yarn", "mistral", "qwen2", "qwen3", "opt", "opt-350m", "gpt2",
-         "gpt_neox", "gpt_neox sequential", "bloom")
+KINDS = ("llama", "yarn", "mistral", "qwen2", "qwen3", "opt", "opt-350m", "gpt2", "gpt_neox",
+         "gpt_neox sequential", "bloom")
 
 
 def tiny_config(kind, **more):
@@ -80,11 +80,9 @@ def tiny_config(kind, **more):
     opt = dict(size, ffn_dim=100, word_embed_proj_dim=64)
     neox = dict(size, intermediate_size=100, rotary_pct=0.25)
     yarn = dict(rope_type="yarn", rope_theta=1e4, factor=8.0, original_max_position_embeddings=64)
-    llama3 = dict(yarn, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
     window = dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)
     name, entries = {
         "llama": ("Llama", llama),
-        "llama3 rope": ("Llama", dict(llama, rope_parameters=llama3)),
         "yarn": ("Llama", dict(llama, rope_parameters=yarn)),
         "mistral": ("Mistral", dict(llama, num_key_value_heads=1, sliding_window=20)),
         "qwen2": ("Qwen2", dict(llama, **window)),
@@ -301,10 +299,6 @@ R1_JINJA = """{%- for m in messages %}{{ '<U>' + m.content if m.role == 'user' e
 {%- if add_generation_prompt %}{{ '<A><think>\\n' }}{% endif %}"""
 PHI_JINJA = """{%- for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}
 {%- endfor %}{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"""
-TALE = """Once upon a time there was a little girl named Lily. She liked to play in the park with
-her mom. One day a big dog came and said: hello, little girl! They were friends, é 😀.
-Human: who are you?
-Assistant: a plum"""
 
 
 def train_tokenizer(template, special=(), kind="words", bos=None):
@@ -324,8 +318,8 @@ def train_tokenizer(template, special=(), kind="words", bos=None):
         backend.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=alphabet)
-    texts = TALE.split("\n") + ["\nAssistant: a", "\n\n\n\n", "a little girl"] * 50
-    backend.train_from_iterator(texts, trainer)
+    texts = ["Human: who are you?\nAssistant: a plum", "\n\n\n\n", "a little girl"]
+    backend.train_from_iterator(texts * 50, trainer)
     tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token=bos)
     tok.add_special_tokens({"additional_special_tokens": list(special)})
     tok.add_tokens(["<think>", "</think>"])
@@ -397,9 +391,8 @@ WHOLE = {  # name: (messages, the answer, the row if it is not these)
     "inside": ([U("who?"), A("a lit")], A("tle girl"), None),
     "thought": ([U("1 + 1?")], A("<think>\nadd\n</think>\n\n2"), None),
     "field": ([U("1 + 1?")], A("2", reasoning_content="add"), None),
-    "call": (ASK, A("", tool_calls=[PARSED]), {"messages": ASK + [A(None, tool_calls=[CALL])]}),
-    "old call": (ASK, A("", tool_calls=[PARSED]), {"messages": ASK + [
-        A("", function_call=CALL["function"])]}),
+    "call": (ASK, A("", tool_calls=[PARSED]), {"messages": ASK + [
+        A(None, function_call=CALL["function"])]}),
     "tools": (ASK, A("a"), {"prompt": ASK, "response": "a", "tools": json.dumps([TOOL])}),
     "result": ([U("q"), A("l"), {"role": "tool", "content": "sun"}], A("It is sun."), None),
 }
@@ -417,7 +410,7 @@ def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(name, row, toks
     messages, answer, _ = WHOLE[row]
     ends = ends_of(tok)
     result, = encode_rows(tok, row_of(row))
-    refused = name not in ("think", "open") and row in ("field", "call", "old call", "tools")
+    refused = name not in ("think", "open") and row in ("field", "call", "tools")
     assert isinstance(result, Exception) == refused, f"{result}: told, and never an empty answer"
     if refused:
         return
@@ -474,7 +467,6 @@ def test_one_conversation_has_the_same_ids_in_every_layout(name, toks):
 @pytest.mark.parametrize("row", [
     {"system_prompt": "w1", "question": "w2", "context": "w3", "completion": "w4", "id": "w5"},
     {"messages": [U("w2"), A("w3")], "response": "w4", "system": "w1", "system_prompt": "w6"},
-    {"question": "w1", "answer": "w2", "solution": "w3"},
     {"prompt": "w1", "answers": ["w2", "w3"], "ranks": [2, 1], "output": "w4", "scores": ["w5"]},
     {"prompt": [U("w1"), U("w2")], "chosen": [U("w3"), A("w4")], "rejected": "w5"},
     {"messages": [U([{"type": "text", "text": "w1 "}, {"type": "text", "text": "w7"}]),
@@ -485,8 +477,8 @@ def test_every_word_of_a_row_is_taught_or_its_field_is_named(row, toks):
     tok = toks["think"]
     (prompt, answers, _), = encode_rows(tok, row)
     seen = tok.decode(sum(answers, prompt)) + json.dumps(data.as_example(row).fields)
-    words = [word for word in (f"w{i}" for i in range(9)) if word in json.dumps(row)]
-    assert [word for word in words if word not in seen] == []
+    words = re.findall(r"w\d", json.dumps(row))
+    assert all(word in seen for word in words)
 
 
 FRUIT = "Name a fruit:"
@@ -524,7 +516,7 @@ def test_a_text_has_one_bos_though_it_may_bring_its_own():
     assert again == tok("hi 0")["input_ids"], "rows rendered beforehand bring theirs"
 
 
-def test_the_ids_that_end_an_answer(toks):
+def test_a_trained_model_stops_at_all_ids_that_end_an_answer(toks, toy_file, tmp_path):
     tok = toks["llama3"]
     eot, eos, start = tok.convert_tokens_to_ids(["<|eot|>", "<eos>", "<|start|>"])
     assert ends_of(tok) == [eot, eos], "the first is what the template writes, and is taught"
@@ -533,28 +525,22 @@ def test_the_ids_that_end_an_answer(toks):
     marker = train_tokenizer(PHI_JINJA, ("<|user|>", "<|assistant|>"))
     marker.add_tokens(["<|end|>", "  "])
     assert marker.convert_ids_to_tokens(ends_of(marker)) == ["<|end|>", "<eos>"], "not special"
-
-
-def test_a_trained_model_stops_where_its_chat_template_ends_an_answer(toks, toy_file, tmp_path):
-    tok = toks["phi"]
     tok.save_pretrained(tmp_path / "model")
     model_of("llama", vocab_size=len(tok)).save_pretrained(tmp_path / "model")
     train(sft, tmp_path / "out", model=str(tmp_path / "model"), data=toy_file, epochs=0.1, **COMMON)
-    saved = load_lm(tmp_path / "out")
-    assert saved.config.eos_token_id == saved.generation_config.eos_token_id == ends_of(tok)
+    assert load_lm(tmp_path / "out").generation_config.eos_token_id == [eot, eos]
 
 
 def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
-    tok = toks["llama3"]
-    reasons = {
-        "in the middle": {"prompt": "q", "response": "a<|eot|>b"},
-        "not write 'tool_calls'": {"messages": [U("w"), A("", tool_calls=[CALL]), U("s"), A("x")]},
-        "surrogates": {"prompt": "q", "response": "x\ud800"},
-    }
-    *results, good = encode_rows(tok, *reasons.values(), {"prompt": "q", "response": "a"})
-    for reason, result in zip(reasons, results):
-        assert isinstance(result, Exception) and reason in str(result)
-    assert not isinstance(good, Exception)
+    for name, reason, row in (
+            ("llama3", "in the middle", {"prompt": "q", "response": "a<|eot|>b"}),
+            ("llama3", "not write 'tool_calls'", {
+                "messages": [U("w"), A("", tool_calls=[CALL]), U("s"), A("x")]}),
+            ("llama3", "surrogates", {"prompt": "q", "response": "x\ud800"}),
+            ("think", "not write 'a </think> b'", {"prompt": "a </think> b", "response": "x"}),
+            ("bytes", "no role", {"messages": [{"role": "critic", "content": "c"}]})):
+        wrong, good = encode_rows(toks[name], row, {"prompt": "q", "response": "a"})
+        assert reason in str(wrong) and not isinstance(good, Exception)
     tok = utils.load_tokenizer("tiny")
     tok.chat_template = R1_JINJA
     thought, plain = encode_rows(tok, row_of("thought"), row_of("plain"))
@@ -564,10 +550,6 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
                          "{{ m.content.split('</think>')[-1] }}{% endfor %}")
     for result in encode_rows(tok, row_of("turns"), row_of("thought"), row_of("result")):
         assert "does not write" in str(result), "it loses the system's words, a thought, a result"
-    (result,) = encode_rows(toks["think"], {"prompt": "a </think> b", "response": "x"})
-    assert "does not write 'a </think> b'" in str(result), "nor half of a user's words"
-    (result,) = encode_rows(toks["bytes"], {"messages": [{"role": "critic", "content": "c"}]})
-    assert "no role" in str(result), "our template takes nobody for a user"
 
 
 def test_rows_that_cannot_be_used_are_counted_and_the_first_is_shown(tmp_path, tok, capsys):
@@ -639,7 +621,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, tok, monkeypatch):
     (tmp_path / "t.txt").write_bytes("\r\n \r\n".join(paragraphs).encode())
     texts = map(tok.decode, all_ids(load_rows(tmp_path / "t.txt", tok)))
     assert sorted(texts) == sorted(f"<eos>{text}<eos>" for text in paragraphs)
-    assert data.read_cell("") is None and data.read_cell('{"a": 1}') == '{"a": 1}'
+    assert data.read_cell("") is None
 
 
 def test_a_name_on_the_hub_may_have_a_configuration_a_split_and_a_weight(tok, monkeypatch):
@@ -653,15 +635,6 @@ def test_a_name_on_the_hub_may_have_a_configuration_a_split_and_a_weight(tok, mo
     assert len(loaded) + len(held_out) == 70
     assert loaded.weights == [0.25, 0.75] and set(loaded.fields[0]) == {"answer", "calls"}
     assert loaded.fields[0]["calls"][0]["function"]["arguments"] == {"a": 1}, "Arrow fills in None"
-
-
-def test_a_digest_is_of_all_words_and_ranks_of_the_rows(tmp_path, tok):
-    rows = [{"prompt": f"p {i}", "chosen": "c", "rejected": "r", "key": i} for i in range(60)]
-    digests = set()
-    for change in ({}, {"prompt": "x"}, {"key": "x"}, {"chosen": "r", "rejected": "c"}):
-        path = write_rows(tmp_path / "a.jsonl", rows[:7] + [{**rows[7], **change}] + rows[8:])
-        digests.add(load_rows(path, tok, "reward")[0].digest)
-    assert len(digests) == 4
 
 
 def test_toy_is_always_the_same_exactly_checkable_and_its_labellers_are_often_wrong():
@@ -730,7 +703,7 @@ def test_an_epoch_has_every_row_once_in_batches_of_like_lengths(toy_file, tok):
     assert (np.diff(lengths[alike]) >= 0).all(), "the others are sorted in pools"
 
 
-def test_fields_that_are_no_text_travel_beside_the_tokens(tmp_path, tok):
+def test_fields_that_are_no_text_travel_beside_the_tokens_and_count_in_the_digest(tmp_path, tok):
     lines = [{"prompt": f"p {i}", "id": i, "response": "x"} for i in range(100)]
     for line in lines[::3]:
         line["nums"] = [line["id"], {"a": "ü"}]
@@ -740,6 +713,9 @@ def test_fields_that_are_no_text_travel_beside_the_tokens(tmp_path, tok):
     assert fields["nums"] == [lines[i].get("nums") for i in fields["id"]]
     prompts = [tok.decode(rows.prompts[i]) for i in indices]
     assert prompts == [f"Human: p {i}\nAssistant:" for i in fields["id"]]
+    for change in ({"prompt": "x"}, {"id": "x"}, {"response": "y"}):
+        path = write_rows(tmp_path / "a.jsonl", lines[:7] + [{**lines[7], **change}] + lines[8:])
+        assert load_rows(path, tok)[0].digest != rows.digest
 
 
 # -----------------------------------------------------------------------------
@@ -791,9 +767,6 @@ def test_a_score_is_read_at_the_last_real_token_whatever_comes_after_it(kind, tm
     assert abs(std - 1) < 0.3, "the head starts at std 1/sqrt(d + 1)"
 
 
-# ---- LoRA
-
-
 def test_every_linear_layer_of_the_blocks_has_an_adapter_and_a_head_is_trained():
     trained = [n for n, p in model_of("llama lora").named_parameters() if p.requires_grad]
     adapted = {name.rpartition(".")[0] for name in trained}
@@ -826,9 +799,6 @@ def test_an_adapter_adds_twice_its_product_also_when_it_is_merged_and_off_it_add
         torch.testing.assert_close(plain(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
-# ---- folders
-
-
 def test_a_tensor_that_is_missing_or_has_another_shape_is_named_and_unknown_ones_pass(
         tmp_path, capsys):
     from safetensors.torch import load_file, save_file
@@ -837,12 +807,11 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_named_and_unknown_ones
     path = tmp_path / "model.safetensors"
     whole = load_file(path)
     name = "transformer.h.1.mlp.c_fc.weight"
-    short = whole[name][:-1].clone()
-    head = {"score.weight": torch.zeros(1, 64)}
+    rest = {k: v for k, v in whole.items() if k != name}
     for state, message in (
-            ({k: v for k, v in whole.items() if k != name}, "look at " + name),
-            (whole | {name: short}, name + ".*63.*64"),
-            (whole | head, "not a whole AutoModelForCausalLM, look at score.weight")):
+            (rest, "look at " + name),
+            (rest | {name: whole[name][:-1].clone()}, name + ".*63.*64"),
+            (whole | {"score.weight": torch.zeros(1, 64)}, "look at score.weight")):
         save_file(state, path, metadata={"format": "pt"})
         with pytest.raises(utils.UserError, match=message):
             load_lm(tmp_path)
@@ -904,7 +873,7 @@ def test_a_saved_folder_keeps_its_settings_names_the_ends_and_holds_nothing_brok
     assert (tmp_path / "b/model.safetensors").read_bytes() == before
 
 
-def test_each_folder_loads_with_transformers_alone_in_a_fresh_process(chain, tmp_path):
+def test_each_folder_loads_with_transformers_alone_in_a_fresh_process(chain, tok, tmp_path):
     probe = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -921,7 +890,6 @@ torch.save(out, sys.argv[2])
     code, said = command("-c", probe, root, tmp_path / "out.pt", cwd=tmp_path)
     assert code == 0, said
     theirs = torch.load(tmp_path / "out.pt")
-    tok = utils.load_tokenizer(chain["sft"][0])
     ids = torch.tensor([tok("Human: reverse apple\nAssistant: elppa")["input_ids"]])
     with torch.no_grad():
         for step in ("sft", "ppo", "ppo/ema"):
@@ -2466,8 +2434,7 @@ def test_ids_without_a_word_are_neither_trained_nor_sampled(
 
 def two_answers(device="cpu"):
     """What a Policy is called with."""
-    tokens = torch.tensor(ragged([12, 12]), device=device)
-    return tokens, torch.tensor([5, 5], device=device), torch.tensor([7, 7], device=device)
+    return [torch.tensor(x, device=device) for x in (ragged([12, 12]), [5, 5], [7, 7])]
 
 
 def backward(engine, scale=1.0):
@@ -2483,28 +2450,22 @@ def masters(engine):
 
 @pytest.mark.parametrize("zero", some((0, 3), (0, 1, 2, 3)))
 def test_the_optimizer_is_adam_with_its_two_decays_its_epsilon_and_gradients_of_norm_one(zero):
-    """Two steps of the textbook, on the gradients that PyTorch computes without DeepSpeed."""
+    """Two steps that PyTorch takes without DeepSpeed."""
     plain = sft.Policy(model_of("llama"))
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-2, betas=(0.9, 0.99), eps=1e-3)
     engine = engine_of(lr=1e-2, eps=1e-3, zero=zero)
-    params = list(plain.parameters())
-    first = [torch.zeros_like(p) for p in params]
-    second = [torch.zeros_like(p) for p in params]
-    for step, scale in ((1, 100), (2, 0.01)):  # clipped, and not
+    for scale in (100, 0.01):
+        adam.zero_grad()
         logprobs, _ = plain(*two_answers())
-        gradients = torch.autograd.grad(-scale * logprobs.mean(), params)
-        norm = torch.stack([g.norm() for g in gradients]).norm()
-        assert (norm > 1) == (step == 1)
-        for p, g, m, v in zip(params, gradients, first, second):
-            g = g / norm.clamp(min=1)
-            m.mul_(0.9).add_(0.1 * g)
-            v.mul_(0.99).add_(0.01 * g * g)
-            unbiased = v / (1 - 0.99**step)
-            p.data -= 1e-2 * m / (1 - 0.9**step) / (unbiased.sqrt() + 1e-3)
+        (-scale * logprobs.mean()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        assert (norm > 1) == (scale == 100), "clipped, and not"
+        adam.step()
         backward(engine, scale)
         assert utils.step(engine)[0] == pytest.approx(norm.item(), rel=1e-4)
-        states = engine.basic_optimizer.state.values()
-        got = sum(state["exp_avg_sq"].sum().item() for state in states)
-        assert got == pytest.approx(sum(v.sum().item() for v in second), rel=1e-3)
+        got, want = [sum(state["exp_avg_sq"].sum().item() for state in optimizer.state.values())
+                     for optimizer in (engine.basic_optimizer, adam)]
+        assert got == pytest.approx(want, rel=1e-3)
     state = utils.whole_state_dict(engine.module.lm)
     for name, p in plain.lm.named_parameters():
         torch.testing.assert_close(state[name], p.data, rtol=1e-3, atol=1e-4)
@@ -2527,10 +2488,9 @@ def test_in_bfloat16_a_first_step_is_whole_and_gradients_are_added_in_float32(ze
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
-def follow_a_walk(dtype, zero, out):
+def follow_a_walk(zero, out):
     """An EMA follows a random walk of the float32 weights, with a drift; then it is saved."""
-    lm = model_of("gpt2", vocab_size=258)
-    engine = engine_of(lm, dtype=dtype, zero=zero)
+    engine = engine_of(model_of("gpt2", vocab_size=258), dtype="bf16", zero=zero)
     ema = utils.EMA(engine, 0.99)
     want = [p.double() for p in masters(engine)]
     rng = torch.Generator().manual_seed(dist.get_rank())
@@ -2541,29 +2501,23 @@ def follow_a_walk(dtype, zero, out):
         ema.update()
     for got, w in zip(ema.average, want):
         assert (got - w).norm() / w.norm() < 1e-5
-    before = [x.clone() for x in (*masters(engine), *ema.average)]
     with ema.in_place():
-        utils.save_model(lm, utils.load_tokenizer("tiny"), [257], out)
-    for x, y in zip(before, (*masters(engine), *ema.average), strict=True):
+        pass  # the model follows: so far, the optimizer's weights have walked alone
+    before = [x.clone() for x in (*masters(engine), *ema.average, engine(*two_answers())[0])]
+    with ema.in_place():
+        logprobs = engine(*two_answers())[0]
+        utils.save_model(engine.module.lm, utils.load_tokenizer("tiny"), [257], out)
+    for x, y in zip(before, (*masters(engine), *ema.average, engine(*two_answers())[0])):
         assert torch.equal(x, y)
-    # The trained parameters end with this one; under ZeRO-3 each rank has its share of it.
-    name = "transformer.ln_f.bias"
-    shards = [p.ds_tensor if zero == 3 else p for p in engine.trained_params]
-    n = shards[-1].numel()
-    end = sum(shard.numel() for shard in shards)
-    mine = slice(dist.get_rank() * n, dist.get_rank() * n + n)
-    average = torch.cat([w.flatten() for w in want])[end - n : end]
-    weight = torch.cat([p.flatten() for p in masters(engine)])[end - n : end]
-    saved = load_lm(out).state_dict()[name].double()[mine]
-    assert (saved - average).norm() < 0.05 * (weight - average).norm(), "the average is saved"
-    state = utils.whole_state_dict(lm)  # empty on rank 1
-    assert not state or torch.equal(state[name][mine], weight.to(lm.dtype)), "and put back"
+    saved = sft.Policy(load_lm(out, torch.bfloat16))(*two_answers())[0]
+    torch.testing.assert_close(saved, logprobs)
+    assert (saved - before[-1]).abs().max() > 0.01, "the average is saved, and not the weights"
     assert utils.EMA(engine, 0).average == [], "decay 0: no copy"
 
 
 def test_the_ema_is_that_of_the_float32_weights_and_the_model_comes_back_to_the_bit(two, tmp_path):
-    follow_a_walk("bf16", 2, str(tmp_path))
-    two(follow_a_walk, "bf16", 3, str(tmp_path))
+    follow_a_walk(2, str(tmp_path))
+    two(follow_a_walk, 3, str(tmp_path))
 
 
 @pytest.mark.parametrize("zero", [0, 3])
@@ -2572,21 +2526,20 @@ def test_a_step_that_is_not_finite_is_taken_by_no_engine_and_five_in_a_row_end_t
     utils.skipped.update(total=0, in_a_row=0)
 
     def one_step(is_bad):
-        before = [torch.cat([p.flatten() for p in masters(e)]) for e in engines]
-        for engine in engines:
-            backward(engine, math.nan if is_bad and engine is engines[1] else 1.0)
+        before = [masters(engine)[0].clone() for engine in engines]
+        backward(engines[0])
+        backward(engines[1], math.nan if is_bad else 1.0)
         norms = utils.step(*engines)
-        after = [torch.cat([p.flatten() for p in masters(e)]) for e in engines]
-        moved = [not torch.equal(x, y) for x, y in zip(before, after)]
-        assert moved == [norm is not None for norm in norms]
-        return moved
+        moved = [not torch.equal(x, masters(engine)[0]) for x, engine in zip(before, engines)]
+        assert moved == [norm is not None for norm in norms] == [not is_bad] * 2
 
-    assert [one_step(bad) for bad in (False, True, False)] == [[True] * 2, [False] * 2, [True] * 2]
+    for is_bad in (False, True, False):
+        one_step(is_bad)
     assert utils.skipped == {"total": 1, "in_a_row": 0}
-    for _ in range(utils.PATIENCE - 1):
-        assert one_step(is_bad=True) == [False, False]
     with pytest.raises(utils.UserError, match="5 steps in a row .*lower --lr"):
-        one_step(is_bad=True)
+        for _ in range(5):
+            one_step(is_bad=True)
+    assert utils.skipped["total"] == 6, "and not before the fifth"
 
 
 @pytest.mark.parametrize("zero", [0, 3])
@@ -2594,7 +2547,7 @@ def test_flags_reach_deepspeed_and_a_frozen_model_is_sharded_like_the_others(zer
     """Checkpointing under LoRA is the harder case: the embedding is frozen."""
     path = tmp_path / "ds.json"
     path.write_text('{"gradient_clipping": 0.25, "zero_optimization": {"overlap_comm": false}}')
-    adapters = []
+    trained = []
     for on in (False, True):
         lm = model_of("llama lora")
         flags = dict(gradient_checkpointing=on, offload=on, ds_config=str(path) if on else "")
@@ -2608,34 +2561,25 @@ def test_flags_reach_deepspeed_and_a_frozen_model_is_sharded_like_the_others(zer
         names = ("cpu_offload", "offload_optimizer")
         assert any(getattr(engine.optimizer, name, False) for name in names) == on
         assert bool(getattr(engine.optimizer, "offload_param", False)) == (on and zero == 3)
-        lora = lm.model.layers[0].mlp.up_proj
-        with utils.gathered(lora.lora_B):
-            adapters.append(lora.lora_B.detach().clone())
-    torch.testing.assert_close(*adapters, rtol=1e-3, atol=1e-5)
-    policy = sft.Policy(model_of("llama"))
-    want = policy(*two_answers())[0]
-    frozen = utils.frozen_engine(policy, engine.device, sft.Config(zero=zero, dtype="fp32"))
-    got = frozen(*two_answers())[0]
-    torch.testing.assert_close(got, want)
-    assert not got.requires_grad and hasattr(frozen, "module") == (zero == 3)
+        trained.append(torch.cat([p.flatten() for p in masters(engine)]))
+    torch.testing.assert_close(*trained, rtol=0, atol=2e-4)  # a step is 1e-3 long
+    frozen = sft.Policy(model_of("llama"))
+    frozen = utils.frozen_engine(frozen, engine.device, sft.Config(zero=zero, dtype="fp32"))
+    assert not frozen(*two_answers())[0].requires_grad
+    assert hasattr(frozen, "module") == (zero == 3)
 
 
 def test_offloaded_frozen_models_are_on_the_device_only_while_they_are_needed():
-    class Model(torch.nn.Linear):
-        """Records where it is sent, since there may be no second device to send it to."""
-        sent_to = []
-
-        def to(self, device):
-            self.sent_to.append(device)
-            return self
-
+    model = torch.nn.Linear(2, 2)
+    sent_to = []
+    model.to = sent_to.append  # there may be no second device to send it to
     meta = torch.device("meta")
-    utils.frozen_engine(Model(2, 2), meta, sft.Config(offload=True))
-    utils.frozen_engine(Model(2, 2), meta, sft.Config())
-    assert Model.sent_to == ["cpu", meta]
-    with pytest.raises(KeyError), utils.on_device(meta, Model(2, 2), None):
+    utils.frozen_engine(model, meta, sft.Config(offload=True))
+    utils.frozen_engine(model, meta, sft.Config())
+    assert sent_to == ["cpu", meta]
+    with pytest.raises(KeyError), utils.on_device(meta, model, None):
         raise KeyError
-    assert Model.sent_to[2:] == [meta, "cpu"], "there, and back whatever happens"
+    assert sent_to[2:] == [meta, "cpu"], "there, and back whatever happens"
 
 
 # -----------------------------------------------------------------------------
