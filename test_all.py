@@ -2894,8 +2894,8 @@ def test_torchrun_takes_a_script_and_after_a_sigterm_it_goes_on_as_if_nothing_ha
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
 def test_ranks_that_are_killed_at_random_moments_end_as_ranks_that_are_not(
         name, chain, toy_file, tmp_path):
-    """Both of two ranks get kill -9, up to half a second apart, at some moment of what an undisturbed
-    run takes (not in its first third, which is imports), until the run has ended."""
+    """Both of two ranks get kill -9, up to half a second apart, at some moment of what an
+    undisturbed run takes (not in its first third, which is imports), until the run has ended."""
     flags = dict(COMMON, data=toy_file, model=chain["sft"][0])
     if name == "ppo":
         flags.update(reward=chain["reward"][0], iterations=12, minibatches=2, zero=2)
