@@ -1293,17 +1293,6 @@ def test_weights_are_read_by_reference_and_one_product_has_the_projections(kind,
     assert len(products) == 2 * (4 * 3 + ends), "q, k, v; out; gate and up; down; and the ends"
 
 
-def test_the_projections_of_a_deepspeed_engine_are_neighbours_too():
-    lm = model_of("opt")  # whose parameters stand in ZeRO's buffer as k, v, q
-    engine = HybridEngine(engine_of(lm, zero=2, dtype="bf16"))
-    engine.generate(ragged((3, 9)), 4)
-    for layer, module in zip(engine.decoder.layers, lm.model.decoder.layers):
-        for name, columns in zip("qkv", layer.qkv.columns, strict=True):
-            linear = getattr(module.self_attn, f"{name}_proj")
-            assert layer.qkv.joint.weight[columns].data_ptr() == linear.weight.data_ptr()
-            assert layer.qkv.joint.bias[columns].data_ptr() == linear.bias.data_ptr()
-
-
 def test_a_row_keeps_its_tokens_however_rows_are_batched():
     lm = model_of("llama")
     prompts = ragged([1 + i % 13 for i in range(40)])
@@ -1378,10 +1367,6 @@ def test_the_slow_path_has_the_same_interface_and_the_same_greedy_tokens():
     check_logprobs(sampled, lm, 0.7)
     assert torch.equal(sampled.tokens, slow.generate(prompts, 12, 0.7, seed=4).tokens)
     assert lm.training and lm.generation_config.repetition_penalty == 3.0
-
-
-# -----------------------------------------------------------------------------
-# CUDA graphs
 
 
 @pytest.fixture
@@ -1555,9 +1540,6 @@ def test_a_model_that_has_diverged_gets_one_sentence():
     with pytest.raises(utils.UserError, match="training has diverged"):
         list(HybridEngine(lm).stream([3], 4))
 
-
-# -----------------------------------------------------------------------------
-# several ranks
 
 TP_KINDS = ("llama", "qwen3 lora", "gpt2 lora", "opt", "opt-350m", "bloom")
 
@@ -2239,13 +2221,10 @@ def test_every_iteration_logs_what_its_readers_need(chain):
         assert row["token_rewards"][:-1] == pytest.approx(-0.05 * kl[:-1], abs=1e-5)
 
 
-def test_what_is_rewarded_becomes_likelier(flags, rules, tmp_path, capsys):
+def test_what_is_rewarded_becomes_likelier(flags, rules, tmp_path):
     more = dict(batch_size=32, iterations=10, minibatches=2, actor_lr=3e-3)
     metrics = train(ppo, tmp_path / "ppo", **flags | more | dict(reward=f"{rules}:short"))
     assert metrics[-1]["score"] > metrics[1]["score"] + 1
-    printed = capsys.readouterr().out
-    assert f"python chat.py --model {tmp_path / 'ppo'}" in printed.splitlines()[-1]
-    assert ("did not end within --max-new-tokens" in printed) == (metrics[-1]["eos_rate"] < 0.5)
 
 
 def test_an_answer_that_no_reward_judged_is_left_out_and_counted(
@@ -2388,27 +2367,20 @@ def test_a_reward_model_of_another_chat_template_or_tokenizer_is_refused_a_forei
         load("same")
 
 
-def test_ids_without_a_word_are_neither_trained_nor_sampled(
-        toy_file, tok, rules, tmp_path, monkeypatch):
+def test_ids_without_a_word_are_not_trained(toy_file, tok, tmp_path):
     """A model whose vocabulary is padded from 258 to 320 ids."""
-    from transformers import AutoModelForCausalLM as Auto
-
+    Auto = transformers.AutoModelForCausalLM
     torch.manual_seed(0)
     config = utils.tiny_config()
     config.update(dict(hidden_size=64, num_hidden_layers=2, vocab_size=320, initializer_range=0.2))
     Auto.from_config(config).save_pretrained(tmp_path / "padded")
     tok.save_pretrained(tmp_path / "padded")
-    common = dict(COMMON, data=toy_file, zero=some(0, 3))
-    train(sft, tmp_path / "sft", model=str(tmp_path / "padded"), epochs=0.1, **common)
+    train(sft, tmp_path / "sft", model=str(tmp_path / "padded"), epochs=0.1, data=toy_file,
+          **COMMON)
     new, old = (Auto.from_pretrained(tmp_path / name).lm_head.weight for name in ("sft", "padded"))
     moved = (new != old).any(1)
     assert len(moved) == 320 and moved[66:90].all() and not moved[258:].any()
 
-    calls = record_rollouts(monkeypatch)
-    metrics = train(ppo, tmp_path / "ppo", model=str(tmp_path / "sft"), reward=f"{rules}:short",
-                    iterations=1, minibatches=1, max_new_tokens=8, **common)
-    assert metrics[1]["engine_gap_max"] < 1e-4, "sampler and trainer agree"
-    assert max(batch.tokens.max() for _, batch in calls) < 258
 
 
 # -----------------------------------------------------------------------------
