@@ -873,32 +873,23 @@ def test_a_saved_folder_keeps_its_settings_names_the_ends_and_holds_nothing_brok
     assert (tmp_path / "b/model.safetensors").read_bytes() == before
 
 
-def test_each_folder_loads_with_transformers_alone_in_a_fresh_process(chain, tok, tmp_path):
-    probe = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-out = {}
-for step in ("sft", "reward", "ppo", "ppo/ema"):
-    auto = AutoModelForSequenceClassification if step == "reward" else AutoModelForCausalLM
-    tok = AutoTokenizer.from_pretrained(f"{sys.argv[1]}/{step}")
-    chat = [{"role": "user", "content": "reverse apple"}, {"role": "assistant", "content": "elppa"}]
-    ids = tok(tok.apply_chat_template(chat, tokenize=False), return_tensors="pt")["input_ids"]
-    out[step] = auto.from_pretrained(f"{sys.argv[1]}/{step}")(input_ids=ids).logits.detach()
-torch.save(out, sys.argv[2])
-"""
-    root = Path(chain["sft"][0]).parent
-    code, said = command("-c", probe, root, tmp_path / "out.pt", cwd=tmp_path)
-    assert code == 0, said
-    theirs = torch.load(tmp_path / "out.pt")
-    ids = torch.tensor([tok("Human: reverse apple\nAssistant: elppa")["input_ids"]])
+def test_each_folder_loads_with_transformers_alone(chain):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    for folder in (chain["sft"][0], chain["ppo"][0], chain["ppo"][0] + "/ema", chain["reward"][0]):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        assert text == "Human: hi\nAssistant: ho"
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            if folder != chain["reward"][0]:
+                theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+                assert torch.equal(load_lm(folder)(ids).logits, theirs(ids).logits)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    ours = reward.RewardModel.from_pretrained(folder, torch.float32)
+    config = theirs.config
     with torch.no_grad():
-        for step in ("sft", "ppo", "ppo/ema"):
-            assert torch.equal(load_lm(root / step)(ids).logits, theirs[step]), step
-        rm = reward.RewardModel.from_pretrained(chain["reward"][0], torch.float32)
-        score = rm(ids)[:, -1]
-    config = rm.lm.config
-    want = (theirs["reward"][:, 0] - config.score_offset) * config.score_scale
-    torch.testing.assert_close(score, want)
+        want = (theirs(ids).logits[:, 0] - config.score_offset) * config.score_scale
+        torch.testing.assert_close(ours(ids)[:, -1], want)
     assert config.score_offset != 0 and config.score_scale != 1
 
 
@@ -2477,28 +2468,6 @@ def test_the_ema_is_that_of_the_float32_weights_and_the_model_comes_back_to_the_
 
 
 @pytest.mark.parametrize("zero", [0, 3])
-def test_a_step_that_is_not_finite_is_taken_by_no_engine_and_five_in_a_row_end_the_run(zero):
-    engines = [engine_of(zero=zero), engine_of(zero=zero)]
-    utils.skipped.update(total=0, in_a_row=0)
-
-    def one_step(is_bad):
-        before = [masters(engine)[0].clone() for engine in engines]
-        backward(engines[0])
-        backward(engines[1], math.nan if is_bad else 1.0)
-        norms = utils.step(*engines)
-        moved = [not torch.equal(x, masters(engine)[0]) for x, engine in zip(before, engines)]
-        assert moved == [norm is not None for norm in norms] == [not is_bad] * 2
-
-    for is_bad in (False, True, False):
-        one_step(is_bad)
-    assert utils.skipped == {"total": 1, "in_a_row": 0}
-    with pytest.raises(utils.UserError, match="5 steps in a row .*lower --lr"):
-        for _ in range(5):
-            one_step(is_bad=True)
-    assert utils.skipped["total"] == 6, "and not before the fifth"
-
-
-@pytest.mark.parametrize("zero", [0, 3])
 def test_flags_reach_deepspeed_and_a_frozen_model_is_sharded_like_the_others(zero, tmp_path):
     """Checkpointing under LoRA is the harder case: the embedding is frozen."""
     path = tmp_path / "ds.json"
@@ -2646,38 +2615,32 @@ def test_ppo_with_lora_zero_2_offload_checkpointing_and_a_mixture_takes_the_step
         torch.testing.assert_close(logprobs[: len(answer)], expected, rtol=1e-3, atol=1e-4)
 
 
-def load_rows_of_rank(folder):
-    utils.init_distributed(1)
-    rank = dist.get_rank()
-    rows = [{"prompt": f"row {i} of rank {rank}"} for i in range(50)]
-    path = write_rows(f"{folder}/{rank}.jsonl", rows)
-    tok = utils.load_tokenizer("tiny")
-    with pytest.raises(utils.UserError, match="ranks read different rows"):
-        data.load(path, "ppo", "", 0.2, tok, [tok.eos_token_id], 64)
-
-
-def test_ranks_that_read_different_rows_are_told_so(two, tmp_path):
-    two(load_rows_of_rank, str(tmp_path))
-
-
 def poison(zero):
-    """Three steps of two engines; in the second step rank 1's gradient of one of them is NaN.
-    Returns for each step and engine whether it was taken."""
+    """Steps of two engines. In the bad ones rank 1's gradient of one of them is NaN."""
     engines = [engine_of(zero=zero), engine_of(zero=zero)]
-    tokens, lengths = torch.arange(6, 14).view(2, 4), torch.tensor([2, 2])
-    steps = []
-    for step in range(3):
-        for engine in engines:
-            loss = engine(tokens, lengths, lengths)[0].sum()
-            is_bad = step == 1 and engine is engines[1] and dist.get_rank() == 1
-            engine.backward(loss * math.nan if is_bad else loss)
-        steps.append([norm is not None for norm in utils.step(*engines)])
-    return steps
+    utils.skipped.update(total=0, in_a_row=0)
+
+    def one_step(is_bad):
+        before = [masters(engine)[0].clone() for engine in engines]
+        backward(engines[0])
+        backward(engines[1], math.nan if is_bad and dist.get_rank() == 1 else 1.0)
+        norms = utils.step(*engines)
+        moved = [not torch.equal(x, masters(engine)[0]) for x, engine in zip(before, engines)]
+        assert moved == [norm is not None for norm in norms] == [not is_bad] * 2
+
+    for is_bad in (False, True, False):
+        one_step(is_bad)
+    assert utils.skipped == {"total": 1, "in_a_row": 0}
+    with pytest.raises(utils.UserError, match="5 steps in a row .*lower --lr"):
+        for _ in range(5):
+            one_step(is_bad=True)
+    assert utils.skipped["total"] == 6, "and not before the fifth"
 
 
-@pytest.mark.parametrize("zero", some([2], [0, 2, 3]))
-def test_a_gradient_that_is_not_finite_on_one_rank_keeps_all_engines_from_stepping(zero, two):
-    assert two(poison, zero) == [[[True] * 2, [False] * 2, [True] * 2]] * 2
+@pytest.mark.parametrize("zero", some((0, 3), (0, 2, 3)))
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_engines_and_after_five_the_run(
+        zero, two):
+    two(poison, zero)
 
 
 # -----------------------------------------------------------------------------
