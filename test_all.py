@@ -2553,9 +2553,9 @@ def test_ppo_with_lora_zero_2_offload_checkpointing_and_a_mixture_takes_the_step
     assert abs(one[2]["kl"]) > 1e-3, "the actor has moved away from its base"
     base = load_lm(ppo_flags["model"])
     batch = [batch for seeds, batch in calls if len(seeds) == 16][1]
-    for (prompt, answer, _), logprobs in zip(token_rows(batch), batch.ref_logprobs):
-        expected = plain_logprobs(base, prompt + answer, len(prompt)).float()
-        torch.testing.assert_close(logprobs[: len(answer)], expected, rtol=1e-3, atol=1e-4)
+    for row, logprobs in zip(token_rows(batch), batch.ref_logprobs):
+        expected = plain_logprobs(base, row.prompt + row.answer, len(row.prompt)).float()
+        torch.testing.assert_close(logprobs[: len(expected)], expected, rtol=1e-3, atol=1e-4)
 
 
 def poison(zero):
