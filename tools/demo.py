@@ -23,7 +23,7 @@ from pathlib import Path
 import utils
 
 STEPS = ("sft", "reward", "ppo")
-LABELLERS = 0.65  # share of toy's demonstrations that are right
+LABELERS = 0.65  # share of toy's demonstrations that are right
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def draw(out, titles, panels):
         ax.plot(*column(run, held_out), "o-", color=f"C{i}", label="held out")
         ax.set(title=f"{i + 1}. {titles[i]}", xlabel=f"{STEPS[i]}.py, step", ylabel=label)
         if held_out == "eval_toy_correct":
-            ax.axhline(LABELLERS, color="0.5", ls="--", lw=1, label="the labellers")
+            ax.axhline(LABELERS, color="0.5", ls="--", lw=1, label="demonstrations")
         ax.grid(alpha=0.3)
         ax.legend(loc="center right")
     figure.savefig(out / "demo" / "curves.png", dpi=110)
@@ -132,7 +132,7 @@ def main(cfg):
     seconds = {step: run_step(step, cfg) for step in STEPS}
     if os.environ.get("RANK", "0") != "0":
         return
-    what, key, words, label = ("toy_correct", "gold", "{:.1%} right", "share of right answers")
+    what, key, words, label = ("toy_correct", "gold", "{:.1%}", "share of right answers")
     is_toy = cfg.data == "toy"
     if not is_toy:  # no exact checker
         what, key, words, label = ("score", "score", "score {:.2f}", "score")
@@ -141,9 +141,11 @@ def main(cfg):
     ema = column(out / "ppo", f"eval_ema_{what}")[1] or [None]
     accuracy = column(out / "reward", "held_out_accuracy")[1][-1]
     before, after = words.format(policy[0]), words.format(policy[-1])
-    titles = [f"Fine-tuning imitates demonstrations:\n{before}" + ", they are 65%" * is_toy,
-              f"The reward model learns which answer is better:\n{accuracy:.1%} of held-out pairs",
-              f"PPO with that reward:\nfrom {before} to {after}, KL {kl:.2f} nats"]
+    titles = ["Fine-tuning imitates demonstrations:\n" + before
+              + " right (demonstrations: 65%)" * is_toy,
+              f"The reward model learns to compare:\n{accuracy:.1%} of held-out pairs are right",
+              f"PPO with that reward:\nfrom {before} to {after}" + " right" * is_toy
+              + f", KL {kl:.2f} nats"]
     panels = [("loss", "held_out_loss", "loss, nats per token"),
               ("accuracy", "held_out_accuracy", "pairwise accuracy"),
               (f"score_{what}" if is_toy else what, f"eval_{what}", label)]

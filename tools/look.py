@@ -27,15 +27,15 @@ FILES = ("metrics", "samples", "tokens")
 FIRST = {
     "sft": ("loss", "held_out_loss", "grad_norm", "lr", "tokens_per_s", "skipped"),
     "reward": ("loss", "held_out_loss", "accuracy", "held_out_accuracy", "margin", "grad_norm"),
-    "ppo": ("eval_score", r"eval_(?!score|kl|ema).*(?<!_std)(?<!_se)", "kl", "length", "entropy",
-            "explained_variance"),
+    "ppo": ("eval_score", r"eval_(?!score|reward|kl|ema).*(?<!_std)(?<!_se)", "kl", "length",
+            "entropy", "explained_variance"),
 }
 WORRY = {
     "loss": "of the batch; in step 2, 0.69 is guessing",
     "held_out_loss": "worry when it rises while the loss falls: overfitting",
     "held_out_accuracy": "0.5 is guessing; InstructGPT's labelers agreed in 73%",
     "eval_score": "on held-out prompts, what PPO should raise; worry when answers get worse",
-    "kl": "log(policy / reference) per answer; worry below 0, or when the score does not follow",
+    "kl": "log(policy / reference) per answer; worry when it grows and the score does not",
     "length": "tokens per answer; worry when it drifts with the score: length is rewarded",
     "entropy": "worry when it falls to 0 early: no exploration is left",
     "explained_variance": "of the critic, 1 is all; worry below 0 after the first iterations",
@@ -156,7 +156,7 @@ def changed(run):
     ends = [(found[0], found[-1]) for found in by_prompt.values()]
     pairs = [(a, b) for a, b in ends if a["answer"] != b["answer"] and a["step"] < b["step"]]
     pairs.sort(key=lambda pair: pair[0]["step"] - pair[1]["step"])
-    note = f"{len(pairs)} prompts that came twice got another answer; the furthest apart:"
+    note = f"{len(pairs)} prompts that came twice got another answer; by the iterations between:"
     if not pairs:
         note = "No prompt got two different answers: some of the first and of the last iteration."
         pairs = zip(*([row for row in rows if row["step"] == end["step"]]
