@@ -322,8 +322,7 @@ def toks():
     """Seven pairs of a tokenizer and a chat template."""
     return {
         "bytes": utils.load_tokenizer("tiny"),
-        "prefix": train_tokenizer(None, kind="prefix", bos="<s>"),
-        "words": train_tokenizer(None),
+        "prefix": train_tokenizer(None, kind="prefix", bos="<s>"), "words": train_tokenizer(None),
         "think": train_tokenizer(THINK_JINJA.replace("OPEN", "''"), CHATML),
         "open": train_tokenizer(THINK_JINJA.replace("OPEN", "'<think>\\n'"), CHATML),
         "llama3": train_tokenizer(LLAMA3_JINJA, ("<|start|>", "<|end|>", "<|eot|>"), bos="<bos>"),
@@ -552,8 +551,9 @@ def test_what_cannot_be_taught_is_an_error_of_its_row_alone(toks):
     assert "with which this answer does not begin" in str(plain)
     tok.chat_template = ("{% for m in messages if m.role not in ('system', 'tool') %}"
                          "{{ m.content.split('</think>')[-1] }}{% endfor %}")
-    for result in encode_rows(tok, row_of("turns"), row_of("thought"), row_of("result"),
-                              {"prompt": [SYSTEM, U("Be brief. Who?")], "response": "x"}):
+    lost = [[U("q"), A("It", reasoning="why")], [SYSTEM, U("Be brief. Who?")]]
+    for result in encode_rows(tok, row_of("thought"), row_of("result"),
+                              *({"prompt": messages, "response": "x"} for messages in lost)):
         assert "does not write" in str(result), "it loses the system's words, a thought, a result"
 
 
