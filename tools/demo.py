@@ -132,8 +132,8 @@ def main(cfg):
     seconds = {step: run_step(step, cfg) for step in STEPS}
     if os.environ.get("RANK", "0") != "0":
         return
-    what, key, words, label = ("toy_correct", "gold", "{:.1%}", "share of right answers")
     is_toy = cfg.data == "toy"
+    what, key, words, label = ("toy_correct", "gold", "{:.1%} right", "share of right answers")
     if not is_toy:  # no exact checker
         what, key, words, label = ("score", "score", "score {:.2f}", "score")
     policy = column(out / "ppo", f"eval_{what}")[1]
@@ -141,11 +141,10 @@ def main(cfg):
     ema = column(out / "ppo", f"eval_ema_{what}")[1] or [None]
     accuracy = column(out / "reward", "held_out_accuracy")[1][-1]
     before, after = words.format(policy[0]), words.format(policy[-1])
-    titles = ["Fine-tuning imitates demonstrations:\n" + before
-              + " right (demonstrations: 65%)" * is_toy,
+    imitated = f" (demonstrations: {LABELERS:.0%})" if is_toy else ""
+    titles = [f"Fine-tuning imitates demonstrations:\n{before}{imitated}",
               f"The reward model learns to compare:\n{accuracy:.1%} of held-out pairs are right",
-              f"PPO with that reward:\nfrom {before} to {after}" + " right" * is_toy
-              + f", KL {kl:.2f} nats"]
+              f"PPO with that reward, KL {kl:.2f} nats:\nfrom {before} to {after}"]
     panels = [("loss", "held_out_loss", "loss, nats per token"),
               ("accuracy", "held_out_accuracy", "pairwise accuracy"),
               (f"score_{what}" if is_toy else what, f"eval_{what}", label)]

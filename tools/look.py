@@ -27,8 +27,8 @@ FILES = ("metrics", "samples", "tokens")
 FIRST = {
     "sft": ("loss", "held_out_loss", "grad_norm", "lr", "tokens_per_s", "skipped"),
     "reward": ("loss", "held_out_loss", "accuracy", "held_out_accuracy", "margin", "grad_norm"),
-    "ppo": ("eval_score", r"eval_(?!score|reward|kl|ema).*(?<!_std)(?<!_se)", "kl", "length",
-            "entropy", "explained_variance"),
+    "ppo": ("eval_score", r"eval_(?!score|kl|ema).*(?<!_std)(?<!_se)", "kl", "length", "entropy",
+            "explained_variance"),
 }
 WORRY = {
     "loss": "of the batch; in step 2, 0.69 is guessing",
@@ -133,7 +133,8 @@ def curves(step, runs):
                 lines[name][color] = points
     order = []
     for pattern in FIRST[step]:
-        order += [n for n in lines if re.fullmatch(pattern, n) and n not in order][:1]
+        # Of several rewards the last one: the first is often all of the score, the last a check.
+        order += [n for n in lines if re.fullmatch(pattern, n) and n not in order][-1:]
     order += [name for name in lines if name not in order]
     figures = [picture(name, lines[name]) for name in order]
     legend = "".join(f'<span><i style="background:var({color})"></i>{escape(run["name"])}</span>'
